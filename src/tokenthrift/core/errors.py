@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": its text is one line that says what was wrong and what to do."""
+"""The one exception that means "the user can fix this": one line that says what was wrong and what to do."""
 
 from __future__ import annotations
 

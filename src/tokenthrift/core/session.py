@@ -1,0 +1,187 @@
+"""Session: a plan applied to a model. Installs through the model's adapter, records, and restores exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import reduce
+from types import TracebackType
+from typing import Any, Protocol
+
+from .errors import ThriftError
+from .plan import Plan
+from .tokenmap import TokenMap
+
+
+class Adapter(Protocol):
+    """Where the stages are in one family of models: the only code that knows model classes."""
+
+    model: Any
+    stages: tuple[str, ...]
+
+    def install(self, stage: str, methods: list[Any], session: Session, undo: ExitStack) -> None:
+        """Attach the methods of a stage; register every change's exact reversal on ``undo`` before making it."""
+
+
+@dataclass
+class StageRecord:
+    """Totals of one stage over the session (sums over calls, layers, heads and batch rows)."""
+
+    calls: int = 0
+    tokens_before: int = 0
+    tokens_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> float:
+        """Share of tokens (or cache entries) kept."""
+        return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+
+@dataclass
+class Report:
+    """What a session did. ``flops_dense`` is what the same forwards would have cost without the plan (analytic)."""
+
+    plan: str
+    forwards: int
+    flops: float
+    flops_dense: float
+    stages: dict[str, StageRecord]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        stages = {name: {**vars(r), "kept": r.kept} for name, r in self.stages.items()}
+        return {**vars(self), "stages": stages}
+
+    def to_markdown(self) -> str:
+        """A table with a row a stage."""
+        lines = [
+            f"plan: `{self.plan or 'none'}`; {self.forwards} forwards, "
+            f"{self.flops / 1e9:.2f} GFLOPs ({self.flops_dense / 1e9:.2f} without the plan)",
+            "",
+            "| stage | calls | tokens before | after | kept | MB before | MB after | seconds | more |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        ]
+        for name, r in self.stages.items():
+            more = ", ".join(f"{k} {v:.4g}" for k, v in r.extra.items())
+            lines.append(
+                f"| {name} | {r.calls} | {r.tokens_before:,} | {r.tokens_after:,} | {r.kept:.1%} | "
+                f"{r.bytes_before / 1e6:.2f} | {r.bytes_after / 1e6:.2f} | {r.seconds:.4f} | {more} |"
+            )
+        return "\n".join(lines)
+
+    __str__ = to_markdown
+
+
+class Session:
+    """A context manager: inside the ``with`` block the plan acts on the model, after it the model is as it was.
+
+    ``records`` fill while the user's own calls run; :meth:`report` and :meth:`provenance` can be read inside and after.
+    """
+
+    def __init__(self, plan: Plan, adapter: Adapter, compressor: Callable[..., Any] | None = None) -> None:
+        # Text is reduced before it is tokenised, so no adapter installs it: `compress` is called by the user.
+        self._stages = [s for s in plan.stages if s != "text"]
+        for stage in self._stages:
+            if stage not in adapter.stages:
+                raise ThriftError(
+                    f"{type(adapter.model).__name__} has no stage '{stage}' here; "
+                    f"it offers: {', '.join(dict.fromkeys(('text', *adapter.stages)))}"
+                )
+        self.plan = plan
+        self.adapter = adapter
+        self.records: dict[str, StageRecord] = {}
+        self.forwards = 0
+        self.flops = self.flops_dense = 0.0
+        self._compressor = compressor
+        self._chains: dict[str, list[TokenMap]] = {}
+        self._parallel: dict[str, dict[int, TokenMap]] = {}
+        self._undo: ExitStack | None = None
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    def install(self) -> Session:
+        """Attach the plan (what entering the ``with`` block does)."""
+        if self._undo is not None:
+            raise ThriftError("this session is already installed; leave its with block before entering it again")
+        with ExitStack() as undo:  # on an error half-way everything done so far is undone
+            for stage in self._stages:
+                self.adapter.install(stage, self.plan.at(stage), self, undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def remove(self) -> None:
+        """Restore the model exactly (what leaving the ``with`` block does)."""
+        if self._undo is not None:
+            undo, self._undo = self._undo, None
+            undo.close()
+
+    def __enter__(self) -> Session:
+        return self.install()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    # ---- what runtimes write ----------------------------------------------------------------------------------------
+
+    def record(
+        self, stage: str, *, before: int, after: int, bytes_before: int = 0, bytes_after: int = 0, seconds: float = 0.0
+    ) -> StageRecord:
+        """Add one reduction to the totals of its stage."""
+        r = self.records.setdefault(stage, StageRecord())
+        r.calls += 1
+        r.tokens_before += before
+        r.tokens_after += after
+        r.bytes_before += bytes_before
+        r.bytes_after += bytes_after
+        r.seconds += seconds
+        return r
+
+    def start_maps(self, stage: str) -> None:
+        """A new top-level forward begins: forget the stage's maps of the last one."""
+        self._chains.pop(stage, None)
+        self._parallel.pop(stage, None)
+
+    def add_map(self, stage: str, map: TokenMap, layer: int | None = None) -> None:
+        """Note a map for provenance: chained after the stage's earlier ones, or for one layer beside others."""
+        if layer is None:
+            self._chains.setdefault(stage, []).append(map)
+        else:
+            self._parallel.setdefault(stage, {})[layer] = map
+
+    def count_forward(self, flops: float, dense: float) -> None:
+        """Add the analytic cost of one forward, with the plan and without it."""
+        self.forwards += 1
+        self.flops += flops
+        self.flops_dense += dense
+
+    # ---- what users read --------------------------------------------------------------------------------------------
+
+    def compress(self, text: str, question: str | None = None) -> Any:
+        """Apply the plan's text stage to a prompt: a ``CompressedText`` (its ``.text`` is the prompt to tokenise)."""
+        if self._compressor is None:
+            raise ThriftError(
+                "compress needs the tokenizer: pass it as tokenthrift.apply(plan, model, processor=tokenizer)"
+            )
+        out = self._compressor(self.plan.at("text"), text, question)
+        self.record("text", before=out.tokens_before, after=out.tokens_after, seconds=out.seconds)
+        self.start_maps("text")
+        self.add_map("text", out.map)
+        return out
+
+    def report(self) -> Report:
+        """Tokens, bytes, FLOPs and seconds so far."""
+        return Report(str(self.plan), self.forwards, self.flops, self.flops_dense, dict(self.records))
+
+    def provenance(self) -> dict[str, TokenMap | dict[int, TokenMap]]:
+        """Of the last forward, by stage: one map composed over the layers, or (cache) one map a layer."""
+        chained: dict[str, TokenMap | dict[int, TokenMap]] = {
+            stage: reduce(TokenMap.then, maps) for stage, maps in self._chains.items()
+        }
+        return {**chained, **self._parallel}

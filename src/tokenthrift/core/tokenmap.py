@@ -1,0 +1,347 @@
+"""TokenMap: the one result of every token reduction, an explicit sparse linear map from old tokens to new ones.
+
+Pruning is a map with one-hot rows, merging sends several tokens to one, token transforming (arXiv 2506.05709) is the
+general many-to-many case. Notation used below: ``W`` is the row-stochastic ``(n_out, n_in)`` matrix that averages
+tokens, ``P`` the matrix of shares that says how much of a token's *mass* goes where (its columns sum to at most 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PositionMode = Literal["first", "mean", "anchor"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """A batched sparse map from ``n_in`` input tokens to ``n_out`` output tokens, stored as edges.
+
+    ``lead`` is any leading shape that the edges share: ``(batch,)`` for encoders, ``(batch, kv_heads)`` for caches.
+    Ragged batches need no extra field: an output that no edge feeds is padding (see :attr:`mask`).
+
+    Attributes:
+        source: ``(*lead, edges)`` int64, the input token of each edge.
+        target: ``(*lead, edges)`` int64, the output token it feeds; -1 marks a padding edge.
+        weight: ``(*lead, edges)`` float, entries of ``W``: they sum to one over the edges of an output.
+        share: ``(*lead, edges)`` float, entries of ``P``; None when every token gives all its mass to one output.
+        n_in, n_out: padded lengths before and after.
+        anchor: ``(*lead, n_out)`` int64, the input token that an output stands at; None = the heaviest source.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
+    n_in: int
+    n_out: int
+    share: Tensor | None = None
+    anchor: Tensor | None = None
+
+    # ---- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def identity(cls, n: int, lead: Sequence[int] = (1,), device: torch.device | str = "cpu") -> TokenMap:
+        """The map that changes nothing."""
+        return cls.select(torch.arange(n, device=device).expand(*lead, n), n)
+
+    @classmethod
+    def select(cls, index: Tensor, n_in: int) -> TokenMap:
+        """Keep the tokens at ``index`` ``(*lead, n_out)``, in that order; an index of -1 is padding."""
+        n_out = index.shape[-1]
+        slots = torch.arange(n_out, device=index.device).expand(index.shape)
+        real = index >= 0
+        return cls(
+            source=index.clamp(min=0),
+            target=torch.where(real, slots, -1),
+            weight=real.to(torch.float32),
+            n_in=n_in,
+            n_out=n_out,
+        )
+
+    @classmethod
+    def keep(cls, mask: Tensor) -> TokenMap:
+        """Keep, in order, the tokens where ``mask`` ``(*lead, n_in)`` is true; rows may keep different numbers."""
+        n_out = int(mask.sum(-1).max()) if mask.numel() else 0
+        # A stable sort of "dropped" puts the kept tokens first without changing their order.
+        index = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n_out]
+        return cls.select(torch.where(mask.gather(-1, index), index, -1), mask.shape[-1])
+
+    @classmethod
+    def merge(
+        cls, group: Tensor, n_out: int | None = None, weight: Tensor | None = None, anchor: Tensor | None = None
+    ) -> TokenMap:
+        """Average the tokens of each group.
+
+        Args:
+            group: ``(*lead, n_in)`` int64, the output that each token joins; -1 drops the token.
+            n_out: number of outputs; the highest group + 1 when None.
+            weight: ``(*lead, n_in)`` non-negative masses, e.g. the sizes of already merged tokens; all one when None.
+            anchor: ``(*lead, n_out)`` the token that each output stands at.
+        """
+        if n_out is None:
+            n_out = int(group.max()) + 1 if group.numel() else 0
+        mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
+        real = group >= 0
+        mass = mass * real
+        total = mass.new_zeros(*group.shape[:-1], n_out + 1).scatter_add_(-1, torch.where(real, group, n_out), mass)
+        per_token = total.gather(-1, torch.where(real, group, n_out)).clamp(min=torch.finfo(torch.float32).tiny)
+        return cls(
+            source=torch.arange(group.shape[-1], device=group.device).expand(group.shape),
+            target=group,
+            weight=mass / per_token,
+            n_in=group.shape[-1],
+            n_out=n_out,
+            anchor=anchor,
+        )
+
+    @classmethod
+    def transform(cls, share: Tensor, sizes: Tensor | None = None) -> TokenMap:
+        """The general map of a dense share matrix ``P`` ``(*lead, n_out, n_in)``: ``W = diag(P s)^-1 P diag(s)``."""
+        mass = share if sizes is None else share * sizes.unsqueeze(-2)
+        dense = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+        *lead, n_out, n_in = share.shape
+        slot = torch.arange(n_out * n_in, device=share.device).expand(*lead, -1)
+        flat_share = share.flatten(-2)
+        return cls(
+            source=slot % n_in,
+            target=torch.where(flat_share > 0, slot // n_in, -1),
+            weight=dense.flatten(-2),
+            n_in=n_in,
+            n_out=n_out,
+            share=flat_share,
+        )
+
+    @classmethod
+    def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
+        """Concatenate maps along the first leading dimension, padding to the longest (images of different counts)."""
+        edges, n_in, n_out = (max(getattr(m, f) for m in maps) for f in ("n_edges", "n_in", "n_out"))
+        shared, anchored = any(m.share is not None for m in maps), any(m.anchor is not None for m in maps)
+        return cls(
+            source=torch.cat([_pad(m.source, edges, 0) for m in maps]),
+            target=torch.cat([_pad(m.target, edges, -1) for m in maps]),
+            weight=torch.cat([_pad(m.weight, edges, 0) for m in maps]),
+            n_in=n_in,
+            n_out=n_out,
+            share=torch.cat([_pad(m._share, edges, 0) for m in maps]) if shared else None,
+            anchor=torch.cat([_pad(m.anchors, n_out, 0) for m in maps]) if anchored else None,
+        )
+
+    # ---- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return tuple(self.source.shape[:-1])
+
+    @property
+    def n_edges(self) -> int:
+        return self.source.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def _share(self) -> Tensor:
+        return torch.ones_like(self.weight) if self.share is None else self.share
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """``(*lead, n_out)`` bool: the outputs that are real, not padding."""
+        return self._scatter(self.target >= 0, self.n_out) > 0
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """``(*lead, n_in)`` bool: the inputs that feed some output."""
+        hits = torch.zeros(*self.lead, self.n_in, device=self.device)
+        return hits.scatter_add_(-1, self.source, (self.target >= 0).to(hits.dtype)) > 0
+
+    @cached_property
+    def exclusive(self) -> bool:
+        """True for pruning and merging: every input feeds at most one output."""
+        fan_out = torch.zeros(*self.lead, self.n_in, device=self.device)
+        return bool((fan_out.scatter_add_(-1, self.source, (self.target >= 0).to(fan_out.dtype)) <= 1).all())
+
+    @cached_property
+    def is_selection(self) -> bool:
+        """True when output ``i`` is exactly the input of edge ``i``: applying is a bit-exact gather."""
+        if self.n_edges != self.n_out:
+            return False
+        slots = torch.arange(self.n_out, device=self.device)
+        return bool(((self.target == slots) | (self.target < 0)).all() and (self.weight[self.target >= 0] == 1).all())
+
+    @property
+    def is_identity(self) -> bool:
+        """True when nothing changes."""
+        slots = torch.arange(self.n_out, device=self.device)
+        return (
+            self.n_in == self.n_out and self.is_selection and bool(((self.source == slots) & (self.target >= 0)).all())
+        )
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """``(*lead, n_in)`` int64: the output that each input gives most of its mass to, -1 if dropped."""
+        if self.exclusive:
+            owner = torch.full((*self.lead, self.n_in + 1), -1, device=self.device)
+            slot = torch.where(self.target >= 0, self.source, self.n_in)  # padding edges write into a spare column
+            return owner.scatter_(-1, slot, self.target)[..., : self.n_in]
+        dense = self._dense(self._share)
+        return torch.where(dense.sum(-2) > 0, dense.argmax(-2), -1)
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """``(*lead, n_out)`` int64: the input token that each output stands at (the heaviest source if not given)."""
+        if self.anchor is not None:
+            return self.anchor
+        if self.is_selection:
+            return self.source
+        return self._dense(self.weight).argmax(-1)
+
+    def dense(self) -> Tensor:
+        """``W`` as ``(*lead, n_out, n_in)`` float32."""
+        return self._dense(self.weight)
+
+    # ---- using it ---------------------------------------------------------------------------------------------------
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``W x``: ``(*lead, n_in, dim)`` to ``(*lead, n_out, dim)``, in ``x``'s dtype; padding outputs are zero."""
+        if x.shape[:-1] != (*self.lead, self.n_in):
+            raise ValueError(f"this map takes {(*self.lead, self.n_in)} tokens, got features of shape {tuple(x.shape)}")
+        if self.is_selection:
+            picked = x.gather(-2, self.source.unsqueeze(-1).expand(*self.source.shape, x.shape[-1]))
+            return picked if bool(self.mask.all()) else picked * self.mask.unsqueeze(-1)
+        return self._spread(x, self.source, self.target, self.weight, self.n_in, self.n_out)
+
+    def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
+        """Back to the input tokens: ``(*lead, n_out, dim)`` to ``(*lead, n_in, dim)``.
+
+        ``copy`` gives every input the (share-weighted) value of the outputs it fed; for pruning and merging then
+        ``W U = I``. ``pinv`` is the least-squares lift, for which ``W U = I`` also holds for many-to-many maps of full
+        rank. Dropped inputs are zero, or the rows of ``fill`` ``(*lead, n_in, dim)``.
+        """
+        if lift == "pinv":
+            out = (torch.linalg.pinv(self.dense()) @ y.to(torch.float32)).to(y.dtype)
+        elif self.exclusive:
+            padded = torch.cat([y, y.new_zeros(*y.shape[:-2], 1, y.shape[-1])], dim=-2)  # last row: the dropped
+            slot = torch.where(self.owner >= 0, self.owner, self.n_out)
+            out = padded.gather(-2, slot.unsqueeze(-1).expand(*slot.shape, y.shape[-1]))
+        else:
+            given = self._share * (self.target >= 0)
+            total = torch.zeros(*self.lead, self.n_in, device=self.device).scatter_add_(-1, self.source, given)
+            weight = given / total.gather(-1, self.source).clamp(min=torch.finfo(torch.float32).tiny)
+            target = torch.where(self.target >= 0, self.source, -1)
+            out = self._spread(y, self.target.clamp(min=0), target, weight, self.n_out, self.n_in)
+        return out if fill is None else torch.where(self.kept.unsqueeze(-1), out, fill)
+
+    def sizes(self, sizes: Tensor | None = None) -> Tensor:
+        """``P s``: original tokens that each output stands for, ``(*lead, n_out)``; ``sizes`` are the inputs'."""
+        given = self._share if sizes is None else self._share * sizes.gather(-1, self.source)
+        return self._scatter(given, self.n_out)
+
+    def positions(self, mode: PositionMode = "first", positions: Tensor | None = None) -> Tensor:
+        """Positions of the outputs ``(*lead, n_out)``: of the first source, the weighted mean, or the anchor.
+
+        ``positions`` ``(*lead, n_in)`` are those of the inputs, 0…n_in-1 when None. Padding outputs get 0.
+        """
+        if positions is None:
+            positions = torch.arange(self.n_in, device=self.device).expand(*self.lead, self.n_in)
+        if mode == "anchor":
+            return positions.gather(-1, self.anchors) * self.mask
+        of_edge = positions.gather(-1, self.source)
+        if mode == "mean":
+            return self._scatter(of_edge * self.weight, self.n_out)
+        if mode != "first":
+            raise ValueError(f"unknown position mode {mode!r}; use 'first', 'mean' or 'anchor'")
+        slot = torch.where(self.target >= 0, self.target, self.n_out)
+        out = positions.new_zeros(*self.lead, self.n_out + 1)
+        return out.scatter_reduce_(-1, slot, of_edge, "amin", include_self=False)[..., : self.n_out]
+
+    def then(self, after: TokenMap) -> TokenMap:
+        """The composition: first this map, then ``after``. ``W = W_after W``, ``P = P_after P``."""
+        if (*self.lead, self.n_out) != (*after.lead, after.n_in):
+            raise ValueError(
+                f"cannot compose: the first map gives {(*self.lead, self.n_out)} tokens, "
+                f"the second takes {(*after.lead, after.n_in)}"
+            )
+        anchor = None
+        if self.anchor is not None or after.anchor is not None:
+            anchor = self.anchors.gather(-1, after.anchors)
+        if self.is_selection and after.is_selection:
+            real = (after.target >= 0) & self.mask.gather(-1, after.source)
+            return replace(
+                TokenMap.select(torch.where(real, self.source.gather(-1, after.source), -1), self.n_in), anchor=anchor
+            )
+        if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
+            mid = self.target.clamp(min=0)
+            group = torch.where(self.target >= 0, after.owner.gather(-1, mid), -1)
+            second = torch.zeros(*after.lead, after.n_in, device=self.device)
+            second = second.scatter_add_(-1, after.source, after.weight * (after.target >= 0))
+            return TokenMap(
+                source=self.source,
+                target=group,
+                weight=self.weight * second.gather(-1, mid) * (group >= 0),
+                n_in=self.n_in,
+                n_out=after.n_out,
+                anchor=anchor,
+            )
+        weight = after.dense() @ self.dense()
+        share = after._dense(after._share) @ self._dense(self._share)
+        return replace(TokenMap.transform(share), weight=weight.flatten(-2), anchor=anchor)
+
+    def provenance(self) -> list[list[list[tuple[int, float]]]]:
+        """For every batch row (leading dimensions flattened) and output: its ``(input token, weight)`` pairs."""
+        rows = (t.reshape(-1, self.n_edges).tolist() for t in (self.source, self.target, self.weight))
+        out: list[list[list[tuple[int, float]]]] = []
+        for sources, targets, weights in zip(*rows, strict=True):
+            per_output: list[list[tuple[int, float]]] = [[] for _ in range(self.n_out)]
+            for s, t, w in zip(sources, targets, weights, strict=True):
+                if t >= 0:
+                    per_output[t].append((s, w))
+            out.append([sorted(pairs) for pairs in per_output])
+        return out
+
+    def to(self, device: torch.device | str) -> TokenMap:
+        """The same map on another device."""
+        moved: dict[str, Any] = {f: getattr(self, f) for f in ("source", "target", "weight", "share", "anchor")}
+        changes: dict[str, Any] = {f: None if t is None else t.to(device) for f, t in moved.items()}
+        return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        return f"TokenMap({self.n_in} -> {self.n_out}, lead={self.lead}, edges={self.n_edges})"
+
+    # ---- scatter helpers --------------------------------------------------------------------------------------------
+
+    def _scatter(self, values: Tensor, n: int) -> Tensor:
+        """Sum edge values into their targets; padding edges go to a spare slot that is cut off."""
+        slot = torch.where(self.target >= 0, self.target, n)
+        out = torch.zeros(*self.lead, n + 1, device=self.device)
+        return out.scatter_add_(-1, slot, values.to(out.dtype))[..., :n]
+
+    def _dense(self, values: Tensor) -> Tensor:
+        slot = torch.where(self.target >= 0, self.target * self.n_in + self.source, self.n_out * self.n_in)
+        out = torch.zeros(*self.lead, self.n_out * self.n_in + 1, device=self.device)
+        out.scatter_add_(-1, slot, values.to(out.dtype))
+        return out[..., :-1].reshape(*self.lead, self.n_out, self.n_in)
+
+    def _spread(self, x: Tensor, source: Tensor, target: Tensor, weight: Tensor, n_in: int, n_out: int) -> Tensor:
+        """Weighted sum of the rows ``source`` into the rows ``target``, over flattened leading dimensions."""
+        dim = x.shape[-1]
+        rows = x.reshape(-1, n_in, dim)
+        source, target, weight = (t.reshape(rows.shape[0], -1) for t in (source, target, weight))
+        batch = torch.arange(rows.shape[0], device=x.device).unsqueeze(-1)
+        real = target >= 0
+        # Half precision sums are kept in float32: a merged token may average hundreds of others.
+        total = torch.zeros(
+            rows.shape[0] * n_out, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
+        picked = rows.reshape(-1, dim).index_select(0, (batch * n_in + source)[real])
+        total.index_add_(0, (batch * n_out + target)[real], picked * weight[real].unsqueeze(-1).to(total.dtype))
+        return total.to(x.dtype).reshape(*x.shape[:-2], n_out, dim)
+
+
+def _pad(t: Tensor, length: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(t, (0, length - t.shape[-1]), value=value)

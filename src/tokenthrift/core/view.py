@@ -1,0 +1,83 @@
+"""View: what a method may look at, each part computed only when it is first read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class View:
+    """A bag of named parts. A part is a value, or a function of no arguments that is called once, on first use.
+
+    Runtimes (adapters) make views; methods read them. The parts that exist, by stage:
+
+    ================ ================================== ==========================================================
+    part             stages                             meaning
+    ================ ================================== ==========================================================
+    ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``
+    ``keys``         vision cache                       ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
+    ``values``       cache                              ``(batch, kv_heads, tokens, head_dim)``
+    ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
+    ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
+                                                        attention of the last (cache) or given (vision) query rows
+    ``mask``         all                                ``(batch, tokens)`` bool, true = real, false = padding
+    ``protected``    all                                ``(batch, tokens)`` bool, tokens that must survive
+    ``positions``    all                                ``(batch, tokens)`` int64
+    ``sizes``        vision                             ``(batch, tokens)``, original tokens in each token
+    ``grid``         vision connector                   ``(t, h, w)`` of the patch tokens
+    ``layer``        vision cache prefill               index of the layer; ``layers`` their number
+    ``text``         text                               the prompt; ``question`` what will be asked, or None
+    ``scorer``       text                               a causal language model for self-information
+    ``embedder``     text                               a sentence embedder
+    ``tokenizer``    text                               the user's tokenizer, which defines what a token is
+    ================ ================================== ==========================================================
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        self._makers: dict[str, Callable[[], Any]] = {}
+        self._parts: dict[str, Any] = {}
+        for name, part in parts.items():
+            self.offer(name, part)
+
+    def offer(self, name: str, part: Any) -> None:
+        """Add a ready value, or a :class:`Lazy` part."""
+        if isinstance(part, Lazy):
+            self._makers[name] = part.make
+        else:
+            self._parts[name] = part
+
+    def restrict(self, needs: Iterable[str]) -> View:
+        """Check that every part in ``needs`` exists (in this stage); returns the view itself."""
+        missing = [n for n in needs if n not in self]
+        if missing:
+            raise KeyError(
+                f"this stage cannot offer {', '.join(map(repr, missing))}; it has: {', '.join(sorted(self))}"
+            )
+        return self
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts or name in self._makers
+
+    def __iter__(self) -> Any:
+        return iter({**self._parts, **self._makers})
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are not real attributes.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._parts:
+            if name not in self._makers:
+                raise AttributeError(f"the view has no part {name!r}; it has: {', '.join(sorted(self))}")
+            self._parts[name] = self._makers[name]()
+        return self._parts[name]
+
+    def computed(self) -> set[str]:
+        """Names of the parts that exist as values by now (for tests that nothing else was computed)."""
+        return set(self._parts)
+
+
+class Lazy:
+    """Marks a function as a part to be computed on first use: ``View(keys=Lazy(lambda: project(x)))``."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make

@@ -1,0 +1,22 @@
+"""Which adapter fits a model. An adapter says where the stages are in a family of models; see ``core.session.Adapter``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.errors import ThriftError
+from ..core.session import Adapter
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a ``transformers`` model. Raises ThriftError, with what to do, if none fits."""
+    from .decoder import DecoderAdapter
+    from .encoder import EncoderAdapter
+
+    for adapter in (DecoderAdapter, EncoderAdapter):
+        if adapter.fits(model):
+            return adapter(model)
+    raise ThriftError(
+        f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention dispatches "
+        "through transformers' AttentionInterface, and DINOv2-type vision encoders"
+    )
