@@ -37,11 +37,10 @@ def _weights(source: Path, gguf: str, out: Path) -> None:
     # The output head is the embedding (tied), so it is not stored twice.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
+    config = model.config.to_diff_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    _write_json(out / "config.json", config)
+    _write_json(out / "config.json", config | {"architectures": ["LlamaForCausalLM"], "dtype": "float32"})
     model.generation_config.save_pretrained(out)
 
 
