@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ThriftError
+from ..text.files import read_text
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 
@@ -80,7 +81,7 @@ def load_data(paths: Sequence[str | Path]) -> Data:
         if path.suffix.lower() in IMAGES:
             images.append(_image(path))
             continue
-        text = _text(path)
+        text = read_text(path).replace("\r\n", "\n")
         if path.suffix.lower() in {".jsonl", ".ndjson"}:
             prompts += _prompts(path, text)
         else:
@@ -98,22 +99,6 @@ def _module(name: str) -> Document | None:
 
 def _is_image(path: Any) -> bool:
     return Path(str(path)).suffix.lower() in IMAGES
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ThriftError(f"cannot read {path}: {error.strerror or error}") from None
-    if b"\0" in raw:
-        raise ThriftError(f"{path} is a binary file; give text, Markdown or JSONL")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ThriftError(f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv") from None
-    if not text.strip():
-        raise ThriftError(f"{path} is empty")
-    return text.replace("\r\n", "\n")
 
 
 def _prompts(path: Path, text: str) -> Iterable[Prompt]:

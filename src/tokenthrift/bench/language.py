@@ -78,7 +78,6 @@ class LanguageBench:
                 "compress_s": compressed_at - start,
                 "ttft_s": first_at - start,
                 "kv_bytes": cache_bytes(cache),
-                **self._flops(session, len(prompt), 0),  # before the probes below add theirs
             }
             if probes:
                 row["scores"] = [[p.task, self._score(cache, first, p)] for p in case.probes]
@@ -129,6 +128,7 @@ class LanguageBench:
             start = self._now()
             prompt, _ = self._shorten(session, plan, case)
             compressed_at = self._now()
+            scoring = session.flops  # the text stage's own forwards are in its seconds
             inputs = self._tensor(prompt)
             out = self.model.generate(
                 inputs,
@@ -151,7 +151,7 @@ class LanguageBench:
             "ttft_s": first_at - start,
             "decode_ms": 1e3 * (end - first_at) / max(len(new) - 1, 1),
             "generated": new,
-            **self._flops(session, len(prompt), len(new)),
+            "flops": self._flops(session, len(prompt), len(new)) - scoring,
         }
         if getattr(out, "past_key_values", None) is not None:
             row["kv_bytes_end"] = cache_bytes(out.past_key_values)
@@ -199,13 +199,11 @@ class LanguageBench:
             torch.cuda.synchronize(self.model.device)
         return perf_counter()
 
-    def _flops(self, session: Session, prompt: int, new: int) -> dict[str, float]:
+    def _flops(self, session: Session, prompt: int, new: int) -> float:
         """From the session if its runtimes counted; else analytic, since a plan without hooks runs plain forwards."""
-        report = session.report()
-        if report.forwards:
-            return {"flops": report.flops}
-        steps = sum(self.costs.flops(1, prompt + i) for i in range(1, new))
-        return {"flops": float(self.costs.flops(prompt, prompt, logits=1) + steps)}
+        if session.forwards:
+            return session.flops
+        return float(self.costs.flops(prompt, prompt, logits=1) + sum(self.costs.flops(1, prompt + i) for i in range(1, new)))
 
 
 class Clock:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,9 @@ from .metrics import common_prefix
 from .store import Store
 from .summary import PlanResult, summarise_language, summarise_vision
 from .tasks import SUITES, Case, Suite, build_cases
+
+# What a method that does not fit a model or an input may raise. Not OSError, MemoryError or an interrupt: those end it.
+_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
 
@@ -208,7 +211,7 @@ class Job:
             row = {"key": key, "section": self.kind, "plan": str(plan), **facts}
             try:
                 row |= measure()
-            except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            except _FAILURES as error:
                 if not plan:  # without the unmodified model there is nothing to compare with
                     raise ThriftError(f"{self.label} failed without any plan: {_line(error)}") from error
                 failed.add(str(plan))
@@ -240,8 +243,10 @@ class LanguageJob(Job):
         return (str(case) for case in self.cases)
 
     def warm_up(self) -> None:
-        case = Case("warm-up", "generation", "Warm up the kernels. " * 8, new_tokens=4)
-        self.runner.speed(Plan(), case)
+        case = Case("warm-up", "generation", "Warm up the kernels and load what a plan needs. " * 8, new_tokens=4)
+        for plan in self.everything:
+            with suppress(*_FAILURES):  # a plan that fails is noted when it is measured
+                self.runner.speed(plan, case)
 
     def steps(self) -> Iterator[Any]:
         timed = [c for c in self.cases if c.kind == "generation"]

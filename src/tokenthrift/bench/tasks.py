@@ -148,8 +148,8 @@ def quotes(text: str, count: int, rng: random.Random) -> Iterator[Probe]:
     found = []
     for match in re.finditer(r"(?<=[.!?:]\s)[A-Z][^.!?]{60,400}[.!?]", text):
         words = list(re.finditer(r"\S+", match.group()))
-        plain = sum(c.isalnum() or c.isspace() or c in ",'-" for c in match.group()) / len(match.group())
-        if len(words) < 14 or plain < 0.9:
+        plain = sum(c.isalnum() or c.isspace() or c in ",'-\"*_()" for c in match.group()) / len(match.group())
+        if len(words) < 14 or plain < 0.97:
             continue
         lead, answer = match.group()[: words[5].end()], match.group()[words[5].end() : words[13].end()]
         if text.count(lead) == 1:
@@ -221,8 +221,16 @@ def _generations(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, r
     half = suite.generations // 2 if data.code else 0
     edits = pick(data.code, tokenizer, half, length, 4, rng)
     texts = pick(data.documents, tokenizer, suite.generations - len(edits), length, 4, rng)
-    ask = "\n\n# The same file again, with type annotations:\n\n"
+    ask = "\n\n# The same code again, with small corrections:\n"
     return [
-        *(Case(f"generation/{n}", "generation", head, ask + head[:40], new_tokens=suite.new_tokens) for n, head, _ in edits),
+        *(
+            Case(f"generation/{n}", "generation", head, ask + opening(head), new_tokens=suite.new_tokens)
+            for n, head, _ in edits
+        ),
         *(Case(f"generation/{n}", "generation", head, new_tokens=suite.new_tokens) for n, head, _ in texts),
     ]
+
+
+def opening(code: str, lines: int = 3) -> str:
+    """The first whole lines of a piece of code, with which its repetition begins."""
+    return "\n".join(code.split("\n")[: lines + 1]) + "\n"
