@@ -64,10 +64,15 @@ class Scorer:
 
         Args:
             text: any length.
-            segments: spans that are tokenised and scored each on its own, e.g. sentences; None = the whole text.
+            segments: spans that are tokenised and scored each on its own, e.g. sentences; None = the whole text. White
+                space at the end of one is not scored, and belongs to its last token.
         """
         segments = [(0, len(text))] if segments is None else segments
-        encoded = encode(self.tokenizer, [text[start:end] for start, end in segments])
+        pieces = [text[start:end] for start, end in segments]
+        encoded = encode(self.tokenizer, [piece.rstrip() or piece for piece in pieces])
+        for (_, spans), piece in zip(encoded, pieces, strict=True):
+            if spans:
+                spans[-1] = (spans[-1][0], len(piece))
         nats = [torch.empty(len(ids)) for ids, _ in encoded]
 
         windows = [(row, *window) for row, (ids, _) in enumerate(encoded) for window in self._windows(len(ids))]

@@ -80,7 +80,7 @@ def units_of(text: str, level: str, tokens: Scored) -> list[Span]:
         return disjoint((start, end) for start, end, _ in tokens)
     if level == "sentence":
         return sentences(text)
-    return [(start + a, start + b) for start, end in sentences(text) for a, b in phrases(text[start:end])]
+    return phrases(text)
 
 
 def unit_information(text: str, tokens: Scored, units: Sequence[Span]) -> list[float]:

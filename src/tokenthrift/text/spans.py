@@ -42,7 +42,7 @@ below beneath beside between beyond both but by can cannot could did do does doi
 for from had has have having he her hers herself him himself how i if in into is it itself like may me might mine
 must my myself near neither nor not of off on onto or our ours ourselves out over per shall she should since so than
 that their theirs them themselves then there therefore they though through throughout thus till to toward towards
-    under until unless up upon us was we were what whatever when where whether which while who whom whose why will with
+under until unless up upon us was we were what whatever when where whether which while who whom whose why will with
 within without would yet you your yours yourself yourselves ain't aren't can't couldn't didn't doesn't don't hadn't
 hasn't haven't isn't mustn't shouldn't wasn't weren't won't wouldn't it's i'm i've i'll he's she's they're we're
 """
@@ -68,7 +68,7 @@ def phrases(text: str, longest: int = 4) -> list[Span]:
     """
     units: list[Span] = []
     room = 0  # how many more content words the last unit takes
-for start, end in words(text):
+    for start, end in words(text):
         word = text[start:end].strip().lower()
         content = any(c.isalnum() for c in word) and (word not in FUNCTION_WORDS or word in DETERMINERS)
         if content and word not in DETERMINERS and room and "\n" not in text[start:end]:
@@ -88,7 +88,7 @@ def sentences(text: str) -> list[Span]:
     line makes a paragraph), and after a common English abbreviation, an initial or the number of a list item.
     """
     ends: list[int] = []
-for start, end, is_code in _blocks(text):
+    for start, end, is_code in _blocks(text):
         ends += [] if is_code else _sentence_ends(text, start, end)
         ends.append(end)
     return _without_blanks(text, [(a, b) for a, b in pairwise([0, *ends]) if a < b])
@@ -97,7 +97,7 @@ for start, end, is_code in _blocks(text):
 def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
     """The text's fenced code blocks and what lies between them."""
     done = 0
-for fence in _FENCE.finditer(text):
+    for fence in _FENCE.finditer(text):
         yield done, fence.start(), False
         yield *fence.span(), True
         done = fence.end()
@@ -105,7 +105,7 @@ for fence in _FENCE.finditer(text):
 
 
 def _sentence_ends(text: str, start: int, end: int) -> Iterator[int]:
-for found in _STOP.finditer(text, start, end):
+    for found in _STOP.finditer(text, start, end):
         stop = found.end()
         goes_on = text[stop : stop + 1].islower()
         abbreviated = found["mark"] and _ABBREVIATION.search(text[max(start, found.start() - 20) : stop])
@@ -116,7 +116,7 @@ for found in _STOP.finditer(text, start, end):
 def _without_blanks(text: str, spans: list[Span]) -> list[Span]:
     """Join spans of nothing but white space to their neighbours."""
     out: list[Span] = []
-for start, end in spans:
+    for start, end in spans:
         if out and (text[start:end].isspace() or join(text, out[-1:]).isspace()):
             out[-1] = (out[-1][0], end)
         else:
@@ -135,7 +135,7 @@ def join(text: str, spans: Iterable[Span]) -> str:
 def disjoint(spans: Iterable[Span]) -> list[Span]:
     """Spans in order, those that overlap joined (the tokens of one emoji), empty ones left out."""
     out: list[Span] = []
-for start, end in spans:
+    for start, end in spans:
         if out and start < out[-1][1]:
             out[-1] = (out[-1][0], max(end, out[-1][1]))
         elif start < end:
