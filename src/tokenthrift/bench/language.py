@@ -41,15 +41,15 @@ class LanguageBench:
 
     def quality(self, plan: Plan, case: Case) -> dict[str, Any]:
         """Fidelity and task scores of a plan; the same forwards give tokens, KV bytes and time to the first token."""
-        reference = self._refer(case)
+        reference = self._reference
+        if reference is None or reference.case != case.id:
+            reference = self._reference = Reference(case.id, self._continuation(case), None)
+        if reference.continuation and reference.logits is None and plan:  # a resumed run begins in the middle of a case
+            reference.logits = self._measure(Plan(), case, reference, probes=False)["logits"]
         row = self._measure(plan, case, reference)
+        if not plan and reference.logits is None:
+            reference.logits = row.get("logits")
         return {k: v for k, v in row.items() if k != "logits"}
-
-    def _refer(self, case: Case) -> Reference:
-        if self._reference is None or self._reference.case != case.id:
-            self._reference = Reference(case.id, self._continuation(case), None)
-            self._reference.logits = self._measure(Plan(), case, self._reference, probes=False)["logits"]
-        return self._reference
 
     def _continuation(self, case: Case) -> list[int]:
         """The held-back text; for a user's prompt, what the unmodified model itself writes next."""

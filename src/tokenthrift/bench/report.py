@@ -36,6 +36,11 @@ def percent(value: float | None, digits: int = 0) -> str:
     return NONE if value is None or value != value else f"{100 * value:.{digits}f}%"
 
 
+def signed(value: float) -> str:
+    """A difference, with its sign."""
+    return f"{value:+.2f}"
+
+
 def span(low: float, high: float, digits: int = 3) -> str:
     """An interval."""
     return NONE if low != low else f"{number(low, digits)} … {number(high, digits)}"
@@ -146,7 +151,7 @@ def render(result: BenchResult) -> str:
     from jinja2 import Environment
 
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"num": number, "pct": percent, "size": size}
+    page.filters |= {"num": number, "pct": percent, "size": size, "signed": signed}
     template = files("tokenthrift.bench").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     sections = [_section(section, result) for section in result.sections]
     return page.from_string(template).render(result=result, sections=sections, tasks=TASKS, span=span)
@@ -214,6 +219,9 @@ def plot(results: Sequence[PlanResult], cost: str) -> str:
         axes.set_xlabel(f"{labels[cost]}, relative to the unmodified model", color=ink)
         axes.set_ylabel("quality loss", color=ink)
         axes.margins(0.12)
+        top = max(p[2] for p in points) or 0.01
+        axes.set_ylim(-0.08 * top, 1.15 * top)
+        axes.set_yticks([t for t in axes.get_yticks() if 0 <= t <= 1.15 * top])
         axes.axvline(1, color=faint, linewidth=0.8, linestyle=":", zorder=0)
         axes.tick_params(colors=ink, length=0)
         axes.grid(color=faint, alpha=0.25, linewidth=0.6)
