@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 
 from tiny_models import prompt, tiny
-
 from tokenthrift.core.method import _registry
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
