@@ -17,8 +17,13 @@ from .tokenmap import TokenMap
 class Adapter(Protocol):
     """Where the stages are in one family of models: the only code that knows model classes."""
 
-    model: Any
-    stages: tuple[str, ...]
+    @property
+    def model(self) -> Any:
+        """The ``transformers`` model."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this adapter can install."""
 
     def install(self, stage: str, methods: list[Any], session: Session, undo: ExitStack) -> None:
         """Attach the methods of a stage; register every change's exact reversal on ``undo`` before making it."""
