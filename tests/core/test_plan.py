@@ -190,7 +190,8 @@ BAD = [
     ("topk(keep=\0)", "cannot read"),
     ("cache=topk(keep=" + "[" * 5000 + "]" * 5000 + ")", "cannot read"),
     ("cache=topk(keep=" + "-" * 5000 + "1)", "cannot read"),
-    ("cache=topk(keep=1+2j)", "cannot read the value '1 + 2j'"),
+    ("cache=topk(keep=" + "-" * 1500 + "1)", "cannot read"),
+    ("cache=topk(keep=1+2j)", "cannot read the value '1+2j'"),
     ("cache=topk(keep=...)", "cannot read the value '...'"),
     ("cache=topk(keep={[1]: 2})", "cannot read the value"),
     ("cache=topk(keep={1, 2})", "cannot read the value"),
@@ -212,6 +213,8 @@ BAD = [
     ("cache:", "cannot read None at stage 'cache'"),
     ("cache: [{topk: {}, window: {}}]", "cannot read {"),
     ("5: topk", "unknown stage '5'"),
+    ("cache=topk(\n  keep=\n", "not closed"),
+    ("cache=topk(\n  keep=f(\n))", "cannot read the value 'f( )'"),
 ]
 
 

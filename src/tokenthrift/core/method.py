@@ -90,13 +90,17 @@ class MethodInfo:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for ``--json``; what JSON has no word for is text, as a plan would write it."""
         plain = {k: v for k, v in vars(self).items() if k != "cls"}
-        defaults = {k: v for k, v in self.defaults.items() if v is not ...}
+        defaults = {k: _plain(v) for k, v in self.defaults.items() if v is not ...}
         required = [k for k in self.defaults if k not in defaults]
-        try:
-            json.dumps(defaults, allow_nan=False)
-        except (TypeError, ValueError):
-            defaults = {k: v if isinstance(v, str | bool | int | None) else repr(v) for k, v in defaults.items()}
         return {**plain, "needs": list(self.needs), "defaults": defaults, "required": required, "summary": self.summary}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)
+    return value
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -147,7 +151,7 @@ def _discover() -> None:
         try:
             entry.load()
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            said = f"{type(error).__name__}: {error}"
             raise ThriftError(f"the plugin '{entry.name}' ({entry.value}) cannot be imported: {said}") from error
 
 

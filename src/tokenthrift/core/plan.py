@@ -73,7 +73,7 @@ class Plan:
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ThriftError(f"the plan is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ThriftError(f"the plan is not valid YAML: {error}") from None
         return cls.parse(data) if isinstance(data, str) else cls.of(data)
 
     @classmethod
@@ -182,8 +182,9 @@ def _step(stage: str, call: Any) -> Step:
 
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """``snapkv(budget=512)`` or ``snapkv`` to a name and its parameters; bare words are strings."""
+    text = text.strip()
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # also null bytes, and brackets nested too deep
         raise ThriftError(f"cannot read '{text}': write method(param=value, ...)") from None
     if isinstance(node, ast.Name):
@@ -201,7 +202,7 @@ def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
 _WORDS = {"true": True, "false": False, "none": None, "nan": float("nan"), "inf": float("inf")}
 
 
-def _value(node: ast.expr | None, text: str) -> Any:
+def _value(node: ast.expr, text: str) -> Any:
     """The value of a literal; nothing is ever evaluated."""
     match node:
         case ast.Name(id=word):
@@ -213,12 +214,12 @@ def _value(node: ast.expr | None, text: str) -> Any:
         case ast.Tuple(elts=items):
             return tuple(_value(item, text) for item in items)
         case ast.Dict(keys=keys, values=values) if all(isinstance(k, ast.Constant) for k in keys):
-            return {_value(k, text): _value(v, text) for k, v in zip(keys, values, strict=True)}
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return {_value(k, text): _value(v, text) for k, v in zip(keys, values, strict=True) if k}
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.Name() as operand):
             value = _value(operand, text)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return -value
-    said = ast.unparse(node) if node else "**"
+    said = ast.get_source_segment(text, node)
     raise ThriftError(f"cannot read the value '{said}' in '{text}': use numbers, words or lists")
 
 
