@@ -26,7 +26,7 @@ class CompressedText:
     """
 
     text: str
-    original: str
+    original: str = field(repr=False)
     kept: list[Span]
     tokens_before: int
     tokens_after: int
