@@ -145,7 +145,7 @@ def speculate(
         streamer.end()
     if on_done is not None:
         on_done(stats)
-    sequences = cast(LongTensor, text[:, :length].clone())
+    sequences = cast("LongTensor", text[:, :length].clone())
     if not as_dict:
         return sequences
     scores: Any = verifier.scores
