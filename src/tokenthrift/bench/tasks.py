@@ -30,7 +30,7 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite("quick", 4, 768, 48, 4, 6, 576, 2, 512, 32, 2),
+    "quick": Suite("quick", 4, 576, 48, 4, 6, 480, 2, 384, 24, 2),
     "full": Suite("full", 24, 1536, 64, 6, 32, 1024, 6, 1024, 64, 3),
 }
 
@@ -146,12 +146,13 @@ def windows(document: Document, tokenizer: Any, length: int, tail: int) -> list[
 def quotes(text: str, count: int, rng: random.Random) -> Iterator[Probe]:
     """Sentences of the text, begun again: the first six words are given, the next eight are to be found."""
     found = []
-    for match in re.finditer(r"(?<=[.!?:]\s)[A-Z][^.!?]{60,400}[.!?]", text):
-        words = list(re.finditer(r"\S+", match.group()))
-        plain = sum(c.isalnum() or c.isspace() or c in ",'-\"*_()" for c in match.group()) / len(match.group())
-        if len(words) < 14 or plain < 0.97:
+    for match in re.finditer(r"(?:^|[.!?:]\s+|\n\s*\n[ *]*)([A-Z][^.!?]{60,400})(?=[.!?])", text):
+        sentence = match.group(1)
+        words = list(re.finditer(r"\S+", sentence))
+        plain = sum(c.isalnum() or c.isspace() or c in ",'-\"*_()" for c in sentence) / len(sentence)
+        if len(words) < 14 or plain < 0.95:
             continue
-        lead, answer = match.group()[: words[5].end()], match.group()[words[5].end() : words[13].end()]
+        lead, answer = sentence[: words[5].end()], sentence[words[5].end() : words[13].end()]
         if text.count(lead) == 1:
             found.append(Probe("quote", f'\n\nThe text above says: "{lead}', answer))
     yield from rng.sample(found, min(count, len(found)))
@@ -224,8 +225,9 @@ def _generations(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, r
     ask = "\n\n# The same code again, with small corrections:\n"
     return [
         *(
-            Case(f"generation/{n}", "generation", head, ask + opening(head), new_tokens=suite.new_tokens)
+            Case(f"generation/{n}", "generation", code, ask + opening(code), new_tokens=suite.new_tokens)
             for n, head, _ in edits
+            if (code := head[head.find("\n") + 1 :])  # from its first whole line
         ),
         *(Case(f"generation/{n}", "generation", head, new_tokens=suite.new_tokens) for n, head, _ in texts),
     ]
