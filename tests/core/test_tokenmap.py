@@ -446,7 +446,7 @@ def test_the_anchor_of_a_composition_is_the_anchors_anchor():
     assert first.then(TokenMap.merge(torch.tensor([[0, 0]]), anchor=torch.tensor([[1]]))).anchors.tolist() == [[2]]
     assert first.then(TokenMap.select(torch.tensor([[1, 0]]), 2)).anchors.tolist() == [[2, 1]]
     assert first.then(TokenMap.transform(torch.tensor([[[0.1, 0.9]]]))).anchors.tolist() == [[2]]
-    # Group 0 is twice as heavy as group 1, whose tokens are the heaviest of all: only the anchors' anchor is stable.
+    # Also where none is given: group 0 outweighs group 1, though the single token of group 1 outweighs each of its own.
     thirds = TokenMap.merge(torch.tensor([[0, 0, 0, 1]]))
     assert thirds.then(TokenMap.merge(torch.tensor([[0, 0]]), weight=torch.tensor([[2.0, 1]]))).anchors.tolist() == [
         [0]
