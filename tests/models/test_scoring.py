@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from transformers import AddedToken
 
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.models.scoring import Embedder, Scorer
+from tokenthrift.models.scoring import Embedder, Scorer, document_start
 
 from ..text.tiny import PROSE, language_model, tokenizer
 
@@ -104,6 +106,15 @@ def test_nothing_to_score() -> None:
 def test_a_model_without_an_output_head() -> None:
     with pytest.raises(ThriftError, match="LlamaModel gives no token probabilities"):
         Scorer(language_model().model, tokenizer())
+
+
+def test_the_start_of_a_document_is_not_that_of_a_chat_turn() -> None:
+    chat = AddedToken("<|endoftext|>")
+    named = copy.deepcopy(tokenizer())
+    named.add_special_tokens({"additional_special_tokens": [chat]})
+    assert document_start(named) == named.convert_tokens_to_ids("<|endoftext|>") != named.bos_token_id
+    assert document_start(tokenizer()) == 0
+    assert document_start(tokenizer(special=False)) is None
 
 
 @pytest.mark.packs
