@@ -128,3 +128,12 @@ def test_the_packs() -> None:
     near, far = Embedder(*load("minilm-l6")).embed(["A cat sleeps.", "A kitten naps."]), "GDP rose."
     other = Embedder(*load("minilm-l6")).embed([far])
     assert near[0] @ near[1] > near[0] @ other[0]
+
+
+def test_scoring_is_not_among_the_forwards_that_a_session_counts() -> None:
+    seen: list[object] = []
+    model = language_model(512)
+    hook = model.register_forward_hook(lambda *call: seen.append(call))
+    Scorer(model, tokenizer()).self_information(PROSE)
+    hook.remove()
+    assert not seen

@@ -23,7 +23,8 @@ class Scorer:
     overlap: each token is then conditioned on at least ``overlap`` tokens before it. So a text may be of any length.
 
     Args:
-        model: a ``transformers`` causal language model. It is only called, never changed.
+        model: a ``transformers`` causal language model. It is only called, never changed; hooks on the model itself
+            do not run, so that a session does not count scoring among the user's own forwards.
         tokenizer: its fast tokenizer.
         window: tokens per forward, at most what the model's positions allow.
         overlap: tokens of a window that only serve as context.
@@ -131,7 +132,9 @@ class Scorer:
         """``-ln p(ids[:, t + 1] | ids[:, : t + 1])``; only so many logits at a time as :data:`LOGITS` allows."""
         targets = ids[:, 1:].flatten()
         if self._head is None:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = (
+                self.model.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+            )
             return cross_entropy(logits.float(), targets, reduction="none").view(len(ids), -1)
         body = self.model.base_model
         hidden = body(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1].flatten(0, 1)
@@ -149,7 +152,7 @@ class Scorer:
         if body is self.model:
             return None
         probe = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
-        logits = self.model(input_ids=probe, use_cache=False).logits
+        logits = self.model.forward(input_ids=probe, use_cache=False).logits
         plain = head(body(input_ids=probe, use_cache=False)[0])
         return head if torch.allclose(plain.float(), logits.float(), rtol=1e-3, atol=1e-3) else None
 
