@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from transformers import AddedToken
 
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.models.scoring import Embedder, Scorer
+from tokenthrift.models.scoring import Embedder, Scorer, document_start
 
 from ..text.tiny import PROSE, language_model, tokenizer
 
@@ -106,6 +108,15 @@ def test_a_model_without_an_output_head() -> None:
         Scorer(language_model().model, tokenizer())
 
 
+def test_the_start_of_a_document_is_not_that_of_a_chat_turn() -> None:
+    chat = AddedToken("<|endoftext|>")
+    named = copy.deepcopy(tokenizer())
+    named.add_special_tokens({"additional_special_tokens": [chat]})
+    assert document_start(named) == named.convert_tokens_to_ids("<|endoftext|>") != named.bos_token_id
+    assert document_start(tokenizer()) == 0
+    assert document_start(tokenizer(special=False)) is None
+
+
 @pytest.mark.packs
 def test_the_packs() -> None:
     from tokenthrift.models.packs import load
@@ -117,3 +128,12 @@ def test_the_packs() -> None:
     near, far = Embedder(*load("minilm-l6")).embed(["A cat sleeps.", "A kitten naps."]), "GDP rose."
     other = Embedder(*load("minilm-l6")).embed([far])
     assert near[0] @ near[1] > near[0] @ other[0]
+
+
+def test_scoring_is_not_among_the_forwards_that_a_session_counts() -> None:
+    seen: list[object] = []
+    model = language_model(512)
+    hook = model.register_forward_hook(lambda *call: seen.append(call))
+    Scorer(model, tokenizer()).self_information(PROSE)
+    hook.remove()
+    assert not seen

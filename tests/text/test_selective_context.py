@@ -72,9 +72,10 @@ def test_percentile_keeps_a_share_of_the_units(level: str) -> None:
 def test_the_surprising_is_kept() -> None:
     from tokenthrift import compress
 
-    text = "The sun rises in the east and sets in the west. The code of the vault is 7-zebra-41. Water is wet. " * 2
-    out = compress(text.strip(), rate=0.4)
-    assert "zebra" in out.text
-    assert out.tokens_after <= 0.4 * out.tokens_before + 1
-    sentence = compress(text, level="sentence", rate=0.4)
-    assert "7-zebra-41" in sentence.text
+    text = "The sun rises in the east and sets in the west. The code of the vault is 7-zebra-41."
+    phrase = compress(text, rate=0.6)
+    assert "vault" in phrase.text
+    assert "sets in the west" not in phrase.text
+    assert phrase.tokens_after <= 0.6 * phrase.tokens_before + 1
+    sentence = compress(text, level="sentence", rate=0.6)
+    assert sentence.text == "The code of the vault is 7-zebra-41."

@@ -58,9 +58,9 @@ def _compress(text: str, method: str, params: dict[str, Any], question: str | No
     from ..core.method import find
 
     find(method, "text").make(**params)  # mistakes are told before a model is loaded
+    scorer = api.load_scorer(model)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scoring", total=None, visible=False)
-        scorer = api.load_scorer(model)
         scorer.progress = lambda done, total: bar.update(task, completed=done, total=total, visible=True)
         return api.compress(text, method, question=question, scorer=scorer, **params)
 

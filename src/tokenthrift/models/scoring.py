@@ -18,12 +18,13 @@ from ..ops.tokens import Span, encode, token_spans
 class Scorer:
     """Self-information of every token of a text under a causal language model.
 
-    The first token of a segment is conditioned on the tokenizer's BOS token, or EOS where there is none, or is given
-    ``ln(vocabulary size)`` where there is neither. Segments longer than ``window`` tokens are scored in windows that
+    The first token of a segment is conditioned on the token that starts documents (see :func:`document_start`), or is
+    given ``ln(vocabulary size)`` where there is none. Segments longer than ``window`` tokens are scored in windows that
     overlap: each token is then conditioned on at least ``overlap`` tokens before it. So a text may be of any length.
 
     Args:
-        model: a ``transformers`` causal language model. It is only called, never changed.
+        model: a ``transformers`` causal language model. It is only called, never changed; hooks on the model itself
+            do not run, so that a session does not count scoring among the user's own forwards.
         tokenizer: its fast tokenizer.
         window: tokens per forward, at most what the model's positions allow.
         overlap: tokens of a window that only serve as context.
@@ -51,8 +52,7 @@ class Scorer:
         self.overlap = min(overlap, self.window // 2)
         self.batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 16384)
         self.progress = progress
-        special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.prefix = next((i for i in special if i is not None), None)
+        self.prefix = document_start(tokenizer)
 
     def token_spans(self, text: str) -> list[Span]:
         """The characters that each token covers, without gaps."""
@@ -132,7 +132,9 @@ class Scorer:
         """``-ln p(ids[:, t + 1] | ids[:, : t + 1])``; only so many logits at a time as :data:`LOGITS` allows."""
         targets = ids[:, 1:].flatten()
         if self._head is None:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logits = (
+                self.model.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+            )
             return cross_entropy(logits.float(), targets, reduction="none").view(len(ids), -1)
         body = self.model.base_model
         hidden = body(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1].flatten(0, 1)
@@ -150,9 +152,19 @@ class Scorer:
         if body is self.model:
             return None
         probe = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
-        logits = self.model(input_ids=probe, use_cache=False).logits
+        logits = self.model.forward(input_ids=probe, use_cache=False).logits
         plain = head(body(input_ids=probe, use_cache=False)[0])
         return head if torch.allclose(plain.float(), logits.float(), rtol=1e-3, atol=1e-3) else None
+
+
+def document_start(tokenizer: Any) -> int | None:
+    """The token that stood between documents in pre-training: ``<|endoftext|>``, or else BOS, or else EOS.
+
+    Chat models declare ``<|im_start|>`` or the like as BOS, after which they expect the name of a role: every text
+    would seem surprising.
+    """
+    named = tokenizer.get_added_vocab().get("<|endoftext|>")
+    return next((i for i in (named, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
 
 
 LOGITS = 2**24
