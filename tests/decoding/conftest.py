@@ -1,4 +1,4 @@
-"""Tiny random models of four architectures, and drafters that make every path of the engine run."""
+"""Tiny random models of several architectures, and drafters that make every path of the engine run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tokenthrift.decoding.engine import speculate
@@ -50,6 +54,30 @@ ARCHITECTURES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    # Short convolutions, whose states can be rolled back.
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    ),
+    # A recurrent state, which cannot.
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
 }
 
 
@@ -69,7 +97,7 @@ def build(name: str):
     return model(config(**SMALL, **extra)).eval()
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=["llama", "qwen2", "gpt_neox", "gemma3"])
 def model(request):
     return build(request.param)
 
@@ -82,6 +110,16 @@ def llama():
 @pytest.fixture
 def gemma3():
     return build("gemma3")
+
+
+@pytest.fixture
+def lfm2():
+    return build("lfm2")
+
+
+@pytest.fixture
+def qwen3_next():
+    return build("qwen3_next")
 
 
 def repetitive_prompt(seed: int, length: int = 24) -> list[int]:

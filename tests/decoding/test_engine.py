@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -349,6 +350,57 @@ def test_streamers_get_every_token_in_order(llama, prompts, oracle, custom):
     assert ours.events == plain.events
 
 
+class Evicting(DynamicLayer):
+    """A cache that forgets: after the prefill it keeps the first 4 and last 8 entries, and still counts all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        prefill = self.seen == 0
+        self.seen += key_states.shape[-2]
+        keys, values = super().update(key_states, value_states)
+        if prefill and self.seen > 12:
+            self.keys, self.values = (torch.cat([t[..., :4, :], t[..., -8:, :]], -2) for t in (keys, values))
+        return keys, values
+
+    def stored(self):
+        return super().get_seq_length()
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        return self.stored() + query_length, self.seen - self.stored()
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        self.seen += tokens_to_remove
+
+
+def test_a_cache_that_stores_fewer_tokens_than_it_has_seen(llama, prompts, oracle, custom):
+    def generate(engine):
+        cache = Cache(layer_class_to_replicate=Evicting)
+        out = llama.generate(ids, do_sample=False, max_new_tokens=30, past_key_values=cache, custom_generate=engine)
+        assert [(layer.seen, layer.stored()) for layer in cache.layers] == [(24 + 29, 12 + 29)] * 2
+        return out.tolist()
+
+    ids = ids_of(prompts(0))
+    plain = generate(None)
+    assert plain != llama.generate(ids, do_sample=False, max_new_tokens=30).tolist()  # forgetting shows
+    assert generate(custom(oracle(plain[0]))) == plain
+
+
+def test_convolution_states_are_rolled_back(lfm2, prompts, oracle, custom):
+    for length in (2, 24):
+        ids = ids_of(prompts(length, length))
+        plain = lfm2.generate(ids, do_sample=False, max_new_tokens=30).tolist()
+        for factory in (LOOKUP, oracle(plain[0])):
+            ours = lfm2.generate(ids, do_sample=False, max_new_tokens=30, custom_generate=custom(factory))
+            assert ours.tolist() == plain
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +420,11 @@ def test_what_cannot_be_drafted_is_refused_in_one_line(llama, prompts, custom, o
     with pytest.raises(ThriftError, match=says) as error:
         llama.generate(ids_of(prompts(0)), max_new_tokens=4, custom_generate=custom(LOOKUP), **options)
     assert "\n" not in str(error.value)
+
+
+def test_recurrent_states_are_refused(qwen3_next, prompts, custom):
+    with pytest.raises(ThriftError, match=r"rolled back.*LinearAttentionLayer"):
+        qwen3_next.generate(ids_of(prompts(0)), max_new_tokens=4, custom_generate=custom(LOOKUP))
 
 
 def test_a_sliding_cache_records_no_more_than_before_after_an_error(gemma3, prompts, custom):
