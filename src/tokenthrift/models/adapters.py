@@ -1,4 +1,4 @@
-"""Which adapter fits a model. An adapter says where the stages are in a family of models; see ``core.session.Adapter``."""
+"""Which adapter fits a model. An adapter says where the stages are in a family; see ``core.session.Adapter``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def adapter_for(model: Any) -> Adapter:
         if adapter.fits(model):
             return adapter(model)
     raise ThriftError(
-        f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention dispatches "
-        "through transformers' AttentionInterface, and DINOv2-type vision encoders"
+        f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention "
+        "dispatches through transformers' AttentionInterface, and DINOv2, ViT, CLIP and SigLIP vision encoders"
     )
