@@ -30,7 +30,9 @@ def test_agreement_hits_and_nats() -> None:
     assert metrics.nats_per_token(logits, torch.tensor([1, 1])) == pytest.approx(by_hand, rel=1e-5)
 
 
-@pytest.mark.parametrize(("a", "b", "same"), [("abc", "abc", 1.0), ("abc", "abd", 2 / 3), ("", "", 1.0), ("ab", "abcd", 0.5)])
+@pytest.mark.parametrize(
+    ("a", "b", "same"), [("ab", "ab", 1.0), ("abc", "abd", 2 / 3), ("", "", 1.0), ("ab", "abcd", 0.5)]
+)
 def test_common_prefix(a: str, b: str, same: float) -> None:
     assert metrics.common_prefix([*map(ord, a)], [*map(ord, b)]) == same
 

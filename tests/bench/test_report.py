@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +20,8 @@ EVIL = "<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }} "
 def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     folder = tmp_path_factory.mktemp("report")
     data = folder / "evil <b>.jsonl"
-    data.write_text("".join(json.dumps({"prompt": EVIL + a_text(50), "answer": f"{i} {EVIL}"}) + "\n" for i in range(2)))
+    lines = [json.dumps({"prompt": EVIL + a_text(50), "answer": f"{i} {EVIL}"}) for i in range(2)]
+    data.write_text("\n".join(lines))
     plans = ["text=truncate(rate=0.5)", "cache=knorm(budget=50)"]
     return bench(
         tiny_model(), data, plans, SUITE, folder / "out", processor=tiny_tokenizer(), progress=False,
@@ -87,7 +88,7 @@ def test_plot_takes_degenerate_results() -> None:
 def test_terminal_table(result: BenchResult) -> None:
     from rich.console import Console
 
-    console = Console(width=160, record=True, file=Path("/dev/null").open("w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(table(result.sections[0]))
     text = console.export_text()
     assert "cache=knorm(budget=50)" in text

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from .tiny import SUITE, a_text, tiny_tokenizer
-from tokenthrift.bench.data import default_data, load_data
-from tokenthrift.bench.tasks import SUITES, build_cases, windows
-from tokenthrift.bench.data import Document
+from tokenthrift.bench.data import Document, default_data, load_data
+from tokenthrift.bench.tasks import SUITES, build_cases, token_ends, windows
 from tokenthrift.core.errors import ThriftError
+
+from .tiny import SUITE, a_text, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,17 @@ def test_images_are_small_and_licensed() -> None:
 
 def test_windows_split_without_loss(tokenizer: object) -> None:
     text = a_text()
-    pieces = windows(Document("d", text), tokenizer, 100, 20)
+    pieces = windows(Document("d", text), token_ends(tokenizer), 100, 20)
     assert "".join(head + tail for _, head, tail in pieces) == text[: sum(len(h + t) for _, h, t in pieces)]
     assert all(len(tokenizer(tail)["input_ids"]) == 20 for _, _, tail in pieces)  # type: ignore[operator]
 
 
 def test_short_text_is_one_piece(tokenizer: object) -> None:
-    [(_, head, tail)] = windows(Document("d", "Forty characters of text, more or less."), tokenizer, 100, 20)
+    [(_, head, tail)] = windows(
+        Document("d", "Forty characters of text, more or less."), token_ends(tokenizer), 100, 20
+    )
     assert head + tail == "Forty characters of text, more or less."
-    assert windows(Document("d", "Too short"), tokenizer, 100, 20) == []
+    assert windows(Document("d", "Too short"), token_ends(tokenizer), 100, 20) == []
 
 
 def test_own_files(tmp_path: Path, tokenizer: object) -> None:

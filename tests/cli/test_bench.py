@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import tokenthrift
 from tokenthrift.bench import tasks
 from tokenthrift.cli import main
 
@@ -30,6 +32,7 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what was printed before does not count
     with pytest.raises(SystemExit) as exit:
         main.run([*map(str, args)])
     out, err = capsys.readouterr()
@@ -115,7 +118,16 @@ def test_interrupt(
 
 
 def test_generate(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    args = ("generate", "--model", model, "--plan", "cache=knorm(budget=8)", "--max-new-tokens", "4", "Once upon a time")
+    args = (
+        "generate",
+        "--model",
+        model,
+        "--plan",
+        "cache=knorm(budget=8)",
+        "--max-new-tokens",
+        "4",
+        "Once upon a time",
+    )
     code, out, _ = call(capsys, *args, "--json")
     assert code == 0
     found = json.loads(out)
@@ -149,8 +161,11 @@ def test_help_and_version_import_no_torch() -> None:
         "try: run([sys.argv[1]])\n"
         "except SystemExit: sys.exit(3 if {'torch', 'transformers', 'numpy'} & set(sys.modules) else 0)\n"
     )
+    environment = {**os.environ, "PYTHONPATH": str(Path(tokenthrift.__file__).parents[1])}
     for flag in ("--help", "--version"):
         start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", check, flag], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", check, flag], capture_output=True, text=True, check=False, env=environment
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert time.monotonic() - start < 10  # under one second on an idle machine

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import ThriftError
 from ..text.files import read_text
@@ -60,11 +59,12 @@ def default_data() -> Data:
     """Text that is on every machine that has Python; nothing is downloaded."""
     from pydoc_data.topics import topics
 
+    photographs = Path(str(files("tokenthrift").joinpath("data/images")))
     return Data(
         source=DEFAULT_SOURCE,
         documents=tuple(Document(f"python/{name}", topics[name]) for name in _TOPICS if name in topics),
         code=tuple(doc for name in _MODULES if (doc := _module(name)) is not None),
-        images=tuple(sorted(Path(str(f)) for f in files("tokenthrift").joinpath("data/images").iterdir() if _is_image(f))),
+        images=tuple(sorted(p for p in photographs.iterdir() if p.suffix in IMAGES)),
     )
 
 
@@ -97,10 +97,6 @@ def _module(name: str) -> Document | None:
     return Document(f"{name}.py", Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def _is_image(path: Any) -> bool:
-    return Path(str(path)).suffix.lower() in IMAGES
-
-
 def _prompts(path: Path, text: str) -> Iterable[Prompt]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -111,7 +107,7 @@ def _prompts(path: Path, text: str) -> Iterable[Prompt]:
         except json.JSONDecodeError as error:
             raise ThriftError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or not item["prompt"].strip():
-            raise ThriftError(f'{where}: needs an object with a text "prompt", e.g. {{"prompt": "...", "answer": "..."}}')
+            raise ThriftError(f'{where}: needs an object with a text "prompt", such as {{"prompt": "..."}}')
         answer = item.get("answer")
         if answer is not None and (not isinstance(answer, str) or not answer.strip()):
             raise ThriftError(f'{where}: "answer" must be text that is not empty, or left out')

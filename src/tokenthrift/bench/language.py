@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -120,8 +118,8 @@ class LanguageBench:
     def speed(self, plan: Plan, case: Case, check: bool = False) -> dict[str, Any]:
         """Time of the user's own call, ``model.generate``, which writes exactly ``new_tokens`` tokens greedily.
 
-        ``check`` adds ``exact``: for plans with a decode stage, the share of generated tokens that plain greedy decoding
-        (with the rest of the plan) finds most likely too; ties in float arithmetic count as found.
+        ``check`` adds ``exact`` for plans with a decode stage: the share of generated tokens that plain greedy
+        decoding (with the rest of the plan) finds most likely too; ties in float arithmetic count as found.
         """
         with apply(plan, self.model, processor=self.tokenizer) as session:
             clock = Clock(self._now)
@@ -203,7 +201,8 @@ class LanguageBench:
         """From the session if its runtimes counted; else analytic, since a plan without hooks runs plain forwards."""
         if session.forwards:
             return session.flops
-        return float(self.costs.flops(prompt, prompt, logits=1) + sum(self.costs.flops(1, prompt + i) for i in range(1, new)))
+        steps = sum(self.costs.flops(1, prompt + i) for i in range(1, new))
+        return float(self.costs.flops(prompt, prompt, logits=1) + steps)
 
 
 class Clock:

@@ -127,8 +127,8 @@ def plan_yaml(section: Section, result: BenchResult) -> str:
     comments = [
         headline(section, result.max_quality_loss),
         caution(section, result.max_quality_loss),
-        f"quality loss {number(best.loss)} (95%: {span(best.loss_low, best.loss_high)}), "
-        f"time {number(best.time_ratio, 2)}x, KV bytes {number(best.kv_ratio, 2)}x, FLOPs {number(best.flops_ratio, 2)}x",
+        f"quality loss {number(best.loss)} (95%: {span(best.loss_low, best.loss_high)}), time "
+        f"{number(best.time_ratio, 2)}x, KV bytes {number(best.kv_ratio, 2)}x, FLOPs {number(best.flops_ratio, 2)}x",
         f"model: {section.model}; data: {result.source}",
         f"measured {result.date} on {result.machine['processor']}, {result.machine['threads']} threads, by:",
         f"  {result.command}",
@@ -234,8 +234,9 @@ def plot(results: Sequence[PlanResult], cost: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Names of XML namespaces look like addresses; a page with inline SVG does not need them.
-    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg[^>]*?)\s+height="[^"]*"([^>]*?)\s+width="[^"]*"|(<svg[^>]*?)\s+width="[^"]*"', r"\1\2\3", svg, count=1)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s+(xmlns(:\w+)?|width|height)="[^"]*"', "", head)  # the width is the page's
+    svg = f"{head}>{rest}"
     svg = svg.replace("xlink:href", "href")
     colours = {ink: "var(--ink)", accent: "var(--accent)", faint: "var(--faint)"}
     for stand_in, variable in colours.items():

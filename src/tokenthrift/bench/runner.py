@@ -143,12 +143,11 @@ def bench(
         jobs.append(make(label, loaded, companion, mine, found, size, seed))
     store.begin(
         {
+            "seed": seed,
+            "suite": asdict(replace(size, repeats=0)),  # more repeats only add rows
+            "plans": [str(p) for job in jobs for p in job.plans],
             "model": [job.identity() for job in jobs],
             "data": _digest(part for job in jobs for part in job.data_parts()),
-            "plans": [str(p) for job in jobs for p in job.plans],
-            "suite": asdict(replace(size, repeats=0)),
-            "seed": seed,
-            "versions": {"tokenthrift": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "machine": machine(),
         }
     )
@@ -195,7 +194,9 @@ class Job:
 
     def identity(self) -> str:
         """The model by its weights, not by its name: a folder's content may change."""
-        parts = (f"{n}{tuple(p.shape)}{p.dtype}{p.detach().double().sum():.6e}" for n, p in self.model.named_parameters())
+        parts = (
+            f"{n}{tuple(p.shape)}{p.dtype}{p.detach().double().sum():.6e}" for n, p in self.model.named_parameters()
+        )
         return f"{self.label} {_digest([*parts, str(self.model.device)])}"
 
     def run(self, store: Store, tick: Callable[[str, int, int], None]) -> None:
@@ -266,9 +267,10 @@ class LanguageJob(Job):
 
     def section(self, store: Store, max_loss: float) -> Section:
         rows = [r for r in store.rows.values() if r["section"] == "language"]
-        plain = {(r["case"], r["repeat"]): r for r in rows if r.get("kind") == "speed" and not r["plan"] and "error" not in r}
-        for row in rows:
-            if row["kind"] == "speed" and "generated" in row:
+        timed = [r for r in rows if "generated" in r]
+        plain = {(r["case"], r["repeat"]): r for r in timed if not r["plan"]}
+        for row in timed:
+            if (row["case"], row["repeat"]) in plain:
                 twin = plain[row["case"], row["repeat"]]
                 row["same_output"] = common_prefix(row["generated"], twin["generated"])
         pairs = [(str(plan), str(self.measured[plan])) for plan in self.everything]
@@ -401,11 +403,14 @@ def _command(
 @contextmanager
 def _progress(show: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    times = (Elapsed(), Remaining())
     with Progress(*columns, *times, console=Console(stderr=True), disable=not show) as bar:
+
         def tick(text: str, done: int, total: int) -> None:
             if done == 0:
                 bar.add_task(text, total=total)

@@ -77,7 +77,7 @@ class PlanResult:
 
 
 def summarise_language(rows: Rows, plans: Sequence[tuple[str, str]], seed: int, max_loss: float) -> list[PlanResult]:
-    """Results of ``plans``: pairs of a plan and the plan whose quality rows stand for it (itself, less its decode stage).
+    """Results of ``plans``: pairs of a plan and the plan whose quality rows stand for it (itself less decode).
 
     The first pair is the unmodified model, ``("", "")``.
     """

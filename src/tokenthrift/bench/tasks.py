@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..core.errors import ThriftError
 from .data import Data, Document
+
+Ends = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -90,21 +93,34 @@ def build_cases(data: Data, tokenizer: Any, suite: Suite, seed: int = 0, limit: 
     """
     rng = random.Random(seed)
     room = limit or 10**9
+    ends = token_ends(tokenizer)
+    chat = bool(getattr(tokenizer, "chat_template", None))
     cases: list[Case] = []
     if data.documents:
-        cases += _documents(data, tokenizer, suite, rng, room)
-        cases += _lookups(data, tokenizer, suite, rng, room)
-    cases += _own_prompts(data, tokenizer, suite, room)
-    cases += _generations(data, tokenizer, suite, rng, room)
+        cases += _documents(data, ends, suite, rng, room)
+        cases += _lookups(data, ends, suite, rng, room)
+    cases += _own_prompts(data, ends, suite, room, chat)
+    cases += _generations(data, ends, suite, rng, room, chat)
     return cases
+
+
+def token_ends(tokenizer: Any) -> Ends:
+    """Where in a text each of its tokens ends; a text is tokenised once."""
+
+    @cache
+    def ends(text: str) -> list[int]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [end for _, end in encoded["offset_mapping"]]
+
+    return ends
 
 
 # ---- documents: continuation and quotes -----------------------------------------------------------------------------
 
 
-def _documents(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, room: int) -> list[Case]:
+def _documents(data: Data, ends: Ends, suite: Suite, rng: random.Random, room: int) -> list[Case]:
     length = min(suite.document_tokens, room - 2 * suite.continuation)
-    pieces = pick(data.documents, tokenizer, suite.documents, length, suite.continuation, rng)
+    pieces = pick(data.documents, ends, suite.documents, length, suite.continuation, rng)
     if not pieces:
         raise ThriftError(f"{data.documents[0].name} is too short to measure on: give at least some 50 words of text")
     return [
@@ -114,10 +130,10 @@ def _documents(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, roo
 
 
 def pick(
-    documents: Sequence[Document], tokenizer: Any, count: int, length: int, tail: int, rng: random.Random
+    documents: Sequence[Document], ends: Ends, count: int, length: int, tail: int, rng: random.Random
 ) -> list[tuple[str, str, str]]:
     """Up to ``count`` pieces ``(name, head, tail)`` that do not overlap, drawn from as many documents as possible."""
-    per_document = [windows(d, tokenizer, length, tail) for d in documents]
+    per_document = [windows(d, ends, length, tail) for d in documents]
     for pieces in per_document:
         rng.shuffle(pieces)
     rng.shuffle(per_document)
@@ -125,11 +141,10 @@ def pick(
     return rounds[:count]
 
 
-def windows(document: Document, tokenizer: Any, length: int, tail: int) -> list[tuple[str, str, str]]:
+def windows(document: Document, ends_of: Ends, length: int, tail: int) -> list[tuple[str, str, str]]:
     """Consecutive pieces of ``length`` tokens and the ``tail`` tokens that follow; a short text is one piece."""
     text = document.text
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [end for _, end in encoded["offset_mapping"]]
+    ends = ends_of(text)
     if len(ends) < length + tail:
         tail = min(tail, len(ends) // 4)
         length = len(ends) - tail
@@ -161,11 +176,11 @@ def quotes(text: str, count: int, rng: random.Random) -> Iterator[Probe]:
 # ---- lookups --------------------------------------------------------------------------------------------------------
 
 
-def _lookups(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, room: int) -> list[Case]:
+def _lookups(data: Data, ends: Ends, suite: Suite, rng: random.Random, room: int) -> list[Case]:
     length = min(suite.lookup_tokens, room - 200)
     if length < 100:
         return []
-    pieces = pick(data.documents, tokenizer, suite.lookups, length, 4, rng)
+    pieces = pick(data.documents, ends, suite.lookups, length, 4, rng)
     return [lookup(name, head, rng) for name, head, _ in pieces]
 
 
@@ -191,11 +206,10 @@ def lookup(name: str, text: str, rng: random.Random, records: int = 4) -> Case:
 # ---- the user's prompts ---------------------------------------------------------------------------------------------
 
 
-def _own_prompts(data: Data, tokenizer: Any, suite: Suite, room: int) -> list[Case]:
-    chat = bool(getattr(tokenizer, "chat_template", None))
+def _own_prompts(data: Data, ends: Ends, suite: Suite, room: int, chat: bool) -> list[Case]:
     cases = []
     for prompt in data.prompts:
-        used = len(tokenizer(prompt.text, add_special_tokens=False, verbose=False)["input_ids"])
+        used = len(ends(prompt.text))
         if used + suite.new_tokens > room:
             raise ThriftError(
                 f"{prompt.name}: the prompt has {used:,} tokens, the model takes {room:,} "
@@ -203,25 +217,26 @@ def _own_prompts(data: Data, tokenizer: Any, suite: Suite, room: int) -> list[Ca
             )
         lead = "" if chat or prompt.text[-1].isspace() else " "
         probes = (Probe("answer", "", lead + prompt.answer.strip()),) if prompt.answer else ()
-        cases.append(Case(f"prompt/{prompt.name}", "prompt", prompt.text, probes=probes, new_tokens=suite.new_tokens, chat=chat))
+        cases.append(
+            Case(f"prompt/{prompt.name}", "prompt", prompt.text, probes=probes, new_tokens=suite.new_tokens, chat=chat)
+        )
     return cases
 
 
 # ---- timed generation -----------------------------------------------------------------------------------------------
 
 
-def _generations(data: Data, tokenizer: Any, suite: Suite, rng: random.Random, room: int) -> list[Case]:
+def _generations(data: Data, ends: Ends, suite: Suite, rng: random.Random, room: int, chat: bool) -> list[Case]:
     """Half of them edit code (the output repeats the input), half continue a document; or the user's first prompts."""
     if data.prompts:
-        chat = bool(getattr(tokenizer, "chat_template", None))
         return [
             Case(f"generation/{p.name}", "generation", p.text, new_tokens=suite.new_tokens, chat=chat)
             for p in data.prompts[: suite.generations]
         ]
     length = min(suite.generation_tokens, room - suite.new_tokens - 40)
     half = suite.generations // 2 if data.code else 0
-    edits = pick(data.code, tokenizer, half, length, 4, rng)
-    texts = pick(data.documents, tokenizer, suite.generations - len(edits), length, 4, rng)
+    edits = pick(data.code, ends, half, length, 4, rng)
+    texts = pick(data.documents, ends, suite.generations - len(edits), length, 4, rng)
     ask = "\n\n# The same code again, with small corrections:\n"
     return [
         *(

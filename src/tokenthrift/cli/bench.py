@@ -45,7 +45,7 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(help="Timed repeats; by default the suite's.", show_default=False)
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with results in --out.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; forget results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
     """Compare reductions with the unmodified model on your model and data; recommend one.

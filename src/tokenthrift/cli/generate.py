@@ -15,9 +15,10 @@ from ..core.errors import ThriftError
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.")],
     model: Annotated[str, typer.Option(help="Model pack, folder or hub id.")] = "smollm2-135m",
-    plan: Annotated[str, typer.Option(help="A plan, or the path of a plan.yaml; empty for the unmodified model.")] = "",
+    plan: Annotated[str, typer.Option(help="A plan or a plan.yaml; empty for the unmodified model.")] = "",
     file: Annotated[
-        Path | None, typer.Option(help="A text file to put before the prompt; the prompt is then the question about it.")
+        Path | None,
+        typer.Option(help="A text file to put before the prompt, which is then a question about it."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate at most.", min=1)] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in the model's chat template.")] = False,

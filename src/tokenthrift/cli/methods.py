@@ -9,7 +9,7 @@ import typer
 
 
 def methods(
-    stage: Annotated[str | None, typer.Option(help="Only the methods of one stage, e.g. cache.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Only one stage, e.g. cache.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """List the methods: stage, name, parameters, paper."""
