@@ -99,8 +99,8 @@ def main() -> None:
     model, _ = tt.load("dinov2-s")
     images = photos(args.images)
     print(
-        f"dinov2-s, float32, {args.threads} threads, batch {args.batch}, medians of {args.repeats} interleaved repeats, "
-        f"fidelity over {len(images)} photos; torch {torch.__version__}, {platform.machine()}\n"
+        f"dinov2-s, float32, {args.threads} threads, batch {args.batch}, medians of {args.repeats} interleaved "
+        f"repeats, fidelity over {len(images)} photos; torch {torch.__version__}, {platform.machine()}\n"
     )
     print("| pixels | plan | tokens left | ms | images/s | speed-up | FLOPs | merging | cosine CLS | cosine patches |")
     print("|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|")

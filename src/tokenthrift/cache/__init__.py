@@ -1,0 +1,1 @@
+"""Cache stage: which keys and values are kept."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..core.costs import DecoderCosts
 from ..core.errors import ThriftError
 from ..core.session import Session
+from .counting import install_counter
 
 
 class DecoderAdapter:
@@ -24,6 +25,7 @@ class DecoderAdapter:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.attentions = find_attentions(model)
+        self._counting = False
 
     @classmethod
     def fits(cls, model: Any) -> bool:
@@ -43,6 +45,10 @@ class DecoderAdapter:
         """See :class:`tokenthrift.core.session.Adapter`."""
         if len(methods) > 1:
             raise ThriftError(f"stage '{stage}' takes one method at a time here, the plan has {len(methods)}")
+        if not self._counting:
+            self._counting = True
+            undo.callback(setattr, self, "_counting", False)
+            install_counter(self, session, undo)
         if stage == "cache":
             from .cache_stage import install_cache
 

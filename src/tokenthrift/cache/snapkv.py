@@ -1,0 +1,59 @@
+"""SnapKV: the last queries of the prompt show which entries will be read."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from ..core.budget import Budget
+from ..core.errors import ThriftError
+from ..core.method import method
+from ..core.tokenmap import TokenMap
+from ..core.view import View
+from ..ops.attention import group_mean
+from ..ops.topk import keep_top
+
+
+@method(
+    "snapkv",
+    stage="cache",
+    paper="SnapKV: LLM Knows What You are Looking for Before Generation",
+    arxiv="2404.14469",
+    needs=("keys", "attention", "mask"),
+)
+class SnapKV:
+    """Keep the entries that the last queries attend to most, and the window of these queries itself.
+
+    Attention of the last ``window`` queries is averaged over the window, smoothed along the prompt by average pooling
+    (so that neighbours of an important token survive) and averaged over the query heads that share a key/value head.
+
+    Args:
+        budget: entries to keep per key/value head, the window included: a count, or a ratio in (0, 1] of the prompt.
+        window: how many of the last queries vote. Shrinks when a ratio leaves less room than that.
+        kernel: width of the pooling, odd; 1 switches it off.
+    """
+
+    budget: int | float = 512
+    window: int = 32
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        count = Budget.of(self.budget).count
+        if self.window < 1 or (count is not None and count <= self.window):
+            raise ThriftError(f"snapkv needs 1 <= window < budget, got window={self.window}, budget={self.budget}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ThriftError(f"snapkv needs an odd kernel of at least 1, got {self.kernel}")
+
+    def reduce(self, view: View) -> TokenMap:
+        batch, kv_heads, n, _ = view.keys.shape
+        budget = Budget.of(self.budget)
+        if budget.tokens(n) == n:
+            return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
+        window = min(self.window, budget.tokens(n))
+        votes = view.attention(window)[..., : n - window].mean(2)  # (batch, heads, tokens before the window)
+        votes = avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
+        votes = group_mean(votes, kv_heads)
+        # A vote is at most 1, so the window outranks every vote, its newest tokens first.
+        recent = 2 + torch.arange(window, device=votes.device, dtype=votes.dtype)
+        score = torch.cat([votes, recent.expand(batch, kv_heads, window)], dim=-1)
+        return keep_top(score, budget, view.mask)

@@ -1,0 +1,158 @@
+"""The cache stage of decoder-only models: reduce each layer's keys and values right after its own prefill attention.
+
+Compressing layer by layer keeps the peak at one full layer beside the compressed ones. The method sees a lazy view and
+returns a TokenMap over ``(batch, kv_heads)``; what it drops is freed. Sliding-window layers are left alone: they hold a
+window only.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..core.errors import ThriftError
+from ..core.session import Session
+from ..core.view import Lazy, View
+from ..ops.attention import attention_rows
+from .attention import watch_attention
+from .kv import ReducedLayer
+
+if TYPE_CHECKING:
+    from .decoder import DecoderAdapter
+
+
+def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: ExitStack) -> None:
+    """Compress caches with ``method`` after the first prompt forward, until ``undo`` closes.
+
+    Raises:
+        ThriftError: every layer has a sliding window, so there is nothing to reduce.
+    """
+    layers = DynamicCache(config=adapter.model.config).layers
+    if all(getattr(layer, "is_sliding", False) for layer in layers):
+        raise ThriftError(
+            f"every layer of {type(adapter.model).__name__} has a sliding window of {layers[0].sliding_window} tokens: "
+            "the cache stage has nothing to reduce"
+        )
+
+    def make(module: nn.Module) -> CacheWatcher:
+        watcher = CacheWatcher(module, len(adapter.attentions), method, session)
+        # The attention function is not told the cache: note it as the module is called.
+        handle = module.register_forward_pre_hook(watcher.note_cache, with_kwargs=True)
+        undo.callback(handle.remove)
+        return watcher
+
+    watch_attention(adapter.attentions, make, undo)
+
+
+class CacheWatcher:
+    """One attention layer: supplies masks that fit a reduced cache, and reduces it once, after the first prompt."""
+
+    def __init__(self, module: nn.Module, layers: int, method: Any, session: Session) -> None:
+        self.layer, self.layers = int(module.layer_idx), layers  # type: ignore[arg-type]
+        self.method, self.session = method, session
+        self.cache: Cache | None = None
+        self.prompt = False
+
+    def note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the attention module: which cache this call fills, and whether it was empty."""
+        self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+        self.prompt = self.cache is not None and int(self.cache.get_seq_length(self.layer)) == 0
+
+    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+        stored = self._stored()
+        fits = mask is None or mask.shape[-1] == key.shape[-2]
+        if not isinstance(stored, ReducedLayer) or (stored.dropped == 0 and fits):
+            return mask
+        return reduced_mask(stored, query, mask)
+
+    def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
+        stored, cache = self._stored(), self.cache
+        self.cache = None  # hold no reference between calls
+        if cache is None or not self.prompt or query.shape[-2] == 1 or getattr(stored, "is_sliding", False):
+            return
+        if type(stored) is not DynamicLayer:
+            raise ThriftError(
+                f"layer {self.layer} caches in a {type(stored).__name__}, which cannot be reduced; "
+                "use the default cache (no cache_implementation, no quantized or offloaded cache)"
+            )
+        start = perf_counter()
+        view = cache_view(query, key, value, mask, scaling, self.layer, self.layers)
+        map = self.method.reduce(view.restrict(self.method.info.needs))
+        reduced = ReducedLayer(key, value, map, view.mask)
+        cache.layers[self.layer] = reduced
+        seconds = perf_counter() - start
+        heads = map.lead[-1]
+        self.session.record(
+            "cache",
+            before=int(view.mask.sum()) * heads,
+            after=reduced.entries,
+            bytes_before=key.nbytes + value.nbytes,
+            bytes_after=reduced.keys.nbytes + reduced.values.nbytes,
+            seconds=seconds,
+        )
+        self.session.add_map("cache", map, self.layer)
+
+    def _stored(self) -> Any:
+        layers = [] if self.cache is None else self.cache.layers
+        return layers[self.layer] if self.layer < len(layers) else None
+
+
+def cache_view(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, layer: int, layers: int
+) -> View:
+    """What a cache method may look at, at the end of one layer's prefill.
+
+    Shapes: ``query`` ``(batch, heads, n, dim)``, ``key`` and ``value`` ``(batch, kv_heads, n, dim)`` after RoPE,
+    ``mask`` the model's 4-D mask or None. ``view.attention(rows)`` gives the attention of the last ``rows`` queries.
+    """
+    batch, n = key.shape[0], key.shape[-2]
+
+    def real() -> Tensor:
+        if mask is None:
+            return torch.ones(batch, n, dtype=torch.bool, device=key.device)
+        last = mask[:, 0, -1, :]  # the last prompt token sees every real token
+        return (last if last.dtype == torch.bool else last == 0).expand(batch, n)
+
+    view = View(
+        keys=key,
+        values=value,
+        queries=query,
+        mask=Lazy(real),
+        positions=Lazy(lambda: torch.arange(n, device=key.device).expand(batch, n)),
+        protected=Lazy(lambda: torch.zeros(batch, n, dtype=torch.bool, device=key.device)),
+        layer=layer,
+        layers=layers,
+    )
+    view.offer("attention", lambda rows: attention_rows(query[:, :, -rows:], key, scaling, view.mask))
+    return view
+
+
+def reduced_mask(layer: ReducedLayer, query: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask for queries over a reduced layer: stored entries that are real, then causal among the new tokens.
+
+    ``mask`` is the model's, built for some other length; only its last columns, for the new tokens, are right (they
+    hold padding and tree masks). Returns ``(batch, heads or 1, q, stored)``, None if everything is seen.
+    """
+    q, stored = query.shape[-2], layer.keys.shape[-2]
+    if layer.real is None and q == 1:
+        return None
+    additive = mask is not None and mask.dtype != torch.bool
+    if mask is None:
+        new = torch.ones(q, q, dtype=torch.bool, device=query.device).tril()[None, None]
+    else:
+        new = mask[..., -q:] if mask.dtype == torch.bool else mask[..., -q:] >= 0
+    if layer.real is None:
+        old = torch.ones(*new.shape[:-1], stored - q, dtype=torch.bool, device=query.device)
+    else:
+        groups = query.shape[1] // layer.real.shape[1]
+        old = layer.real[..., : stored - q].repeat_interleave(groups, dim=1).unsqueeze(-2)
+    batch, heads = query.shape[0], max(old.shape[1], new.shape[1])
+    seen = torch.cat([old.expand(batch, heads, q, -1), new.expand(batch, heads, -1, -1)], dim=-1)
+    if not additive:
+        return seen
+    return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)

@@ -1,0 +1,99 @@
+"""A cache layer that holds fewer entries than it has seen, and keeps positions and masks right all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from ..core.tokenmap import TokenMap
+
+
+class ReducedLayer(DynamicLayer):
+    """Keys and values after a reduction: evicted entries are gone, their memory is free.
+
+    ``get_seq_length`` counts *seen* tokens, so that later tokens get their true positions; keys are stored after RoPE,
+    so the kept ones need no new rotation.
+
+    Attributes:
+        keys, values: ``(batch, kv_heads, stored, head_dim)``.
+        positions: ``(batch, kv_heads, stored)`` int64, where the kept entries stood in the prompt.
+        real: ``(batch, kv_heads, stored)`` bool, false for padding and in rows that keep fewer; None if all are.
+        seen: tokens that passed through the layer.
+
+    Args:
+        keys, values: ``(batch, kv_heads, seen, head_dim)``, all that the layer has seen.
+        map: what to keep, over ``(batch, kv_heads)``.
+        mask: ``(batch, seen)`` bool, true for real tokens.
+    """
+
+    keys: Tensor  # type: ignore[assignment]  # never None here
+    values: Tensor  # type: ignore[assignment]
+
+    def __init__(self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.seen = keys.shape[-2]
+        self.keys, self.values = map.apply(keys), map.apply(values)
+        self.positions = map.positions("anchor")
+        real = map.mask & mask.unsqueeze(1).expand(keys.shape[:-1]).gather(-1, map.anchors)
+        self.real: Tensor | None = None if bool(real.all()) else real
+        self.is_initialized = True
+
+    @property
+    def dropped(self) -> int:
+        """Entries per head that are no longer stored."""
+        return self.seen - int(self.keys.shape[-2])
+
+    @property
+    def entries(self) -> int:
+        """Real entries stored, over all rows and heads."""
+        return self.positions.numel() if self.real is None else int(self.real.sum())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[-2]
+        fresh = torch.arange(self.seen, self.seen + new, device=self.positions.device)
+        self.positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], new)], dim=-1)
+        if self.real is not None:
+            self.real = torch.nn.functional.pad(self.real, (0, new), value=True)
+        self.seen += new
+        return super().update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.seen if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = self.keys.shape[-2]
+        return stored + query_length, self.seen - stored
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens (rejected drafts)."""
+        super().crop(tokens_to_remove)
+        self._cut(self.keys.shape[-2])
+        self.seen -= abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen, self.real = 0, None
+        self.positions = self.positions[..., :0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda t: t[indices, ...])
+
+    def _rows(self, change: Any) -> None:
+        self.positions = change(self.positions)
+        self.real = None if self.real is None else change(self.real)
+
+    def _cut(self, stored: int) -> None:
+        self._rows(lambda t: t[..., :stored])

@@ -1,0 +1,34 @@
+"""From scores to the tokens that stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from ..core.tokenmap import TokenMap
+
+
+def keep_top(scores: Tensor, budget: Budget, mask: Tensor) -> TokenMap:
+    """Keep the best-scored real tokens of each row, in their order.
+
+    Args:
+        scores: ``(batch, heads, tokens)``; ``+inf`` forces a token in.
+        budget: how many of a row's real tokens to keep; rows with fewer keep all.
+        mask: ``(batch, tokens)`` bool, true for real tokens; padding is never kept.
+
+    Returns:
+        A selection over ``(batch, heads)``; rows that keep fewer tokens than the fullest end in padding outputs.
+    """
+    n = scores.shape[-1]
+    lengths = mask.sum(-1)
+    counts = budget.tokens_of(lengths).to(scores.device)
+    if bool((counts == lengths).all()):  # nothing to drop: leave padding where it is, so that no bit changes
+        return TokenMap.identity(n, scores.shape[:-1], scores.device)
+    k = int(counts.max())
+    ranked = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).topk(k, dim=-1).indices
+    spare = (
+        torch.arange(k, device=scores.device) >= counts[:, None, None]
+    )  # a short row's worse picks, padding among them
+    index = torch.where(spare, n, ranked).sort(dim=-1).values  # n sorts them to the end
+    return TokenMap.select(torch.where(index == n, -1, index), n)

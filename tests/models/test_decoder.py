@@ -1,0 +1,211 @@
+"""Every decoder family: exact where nothing is reduced, right where entries are evicted, no trace afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+import tokenthrift as tt
+from tiny_models import FAMILIES, prompt, tiny
+from tokenthrift.models.decoder import find_attentions
+from tokenthrift.models.kv import ReducedLayer
+
+ALL = pytest.mark.parametrize("family", FAMILIES)
+BOTH = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def generate(model, inputs, n=6, **kwargs):
+    return model.generate(**inputs, max_new_tokens=n, do_sample=False, **kwargs)
+
+
+def fingerprint(model):
+    """Everything on a model that a session could have left behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    per_module = [(name, sorted(m.__dict__), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()]
+    return per_module, model.config.to_dict(), model.config._attn_implementation, model.generation_config.to_dict()
+
+
+@ALL
+@BOTH
+@pytest.mark.parametrize("plan", [None, "snapkv(budget=1.0)", "knorm(budget=400)", "streaming_llm(budget=1.0)"])
+def test_keeping_everything_is_bit_identical(family, attention, plan):
+    model, inputs = tiny(family, attention), prompt(pad=5)
+    tokens, logits = generate(model, inputs), model(**inputs).logits
+    with tt.apply(plan, model):
+        assert torch.equal(generate(model, inputs), tokens)
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+@ALL
+@BOTH
+def test_no_trace_after_the_block_or_an_exception(family, attention):
+    model, inputs = tiny(family, attention), prompt()
+    before, tokens = fingerprint(model), generate(model, inputs)
+    with tt.apply("snapkv(budget=16, window=4)", model):
+        generate(model, inputs)
+    assert fingerprint(model) == before
+    with pytest.raises(RuntimeError, match="inside"), tt.apply("knorm(budget=8)", model):
+        find_attentions(model)[-1].register_forward_hook(boom := _Boom())
+        try:
+            generate(model, inputs)
+        finally:
+            boom.off(find_attentions(model)[-1])
+    assert fingerprint(model) == before
+    assert torch.equal(generate(model, inputs), tokens)
+
+
+class _Boom:
+    def __call__(self, *_):
+        raise RuntimeError("inside")
+
+    def off(self, module):
+        for key in [k for k, v in module._forward_hooks.items() if v is self]:
+            del module._forward_hooks[key]
+
+
+@ALL
+@BOTH
+@pytest.mark.parametrize("step", [1, 5])
+def test_eviction_equals_dense_attention_that_masks_what_was_evicted(family, attention, step):
+    """Per layer and head different entries go; later tokens come one by one or five at once; row 0 is left-padded."""
+    model, inputs = tiny(family, attention), prompt(length=40, pad=7)
+    more = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(1))
+    n = inputs["input_ids"].shape[1]
+    with tt.apply("snapkv(budget=12, window=4)", model) as session, torch.no_grad():
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        cache = model(**inputs, position_ids=positions, use_cache=True).past_key_values
+        kept = {i: layer.positions[..., :12] for i, layer in enumerate(cache.layers) if isinstance(layer, ReducedLayer)}
+        real = {i: layer.real for i, layer in enumerate(cache.layers) if isinstance(layer, ReducedLayer)}
+        mask, got = inputs["attention_mask"], []
+        for start in range(0, 10, step):
+            mask = torch.nn.functional.pad(mask, (0, step), value=1)
+            positions = (mask.cumsum(-1) - 1)[:, -step:].clamp(min=0)
+            ids = more[:, start : start + step]
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            got.append(out.logits)
+    assert kept
+    assert session.report().stages["cache"].kept < 0.5
+    full = {"input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": mask}
+    want = dense_reference(model, full, n, kept, real)
+    torch.testing.assert_close(torch.cat(got, 1), want[:, n:], atol=2e-4, rtol=2e-4)
+
+
+def dense_reference(model, inputs, n, kept, real):
+    """One forward over everything, where queries from ``n`` on do not see the evicted prompt entries of their head."""
+    base = model.config._attn_implementation
+
+    def attention(module, q, k, v, mask, scaling=None, **kwargs):
+        groups = q.shape[1] // k.shape[1]
+        logits = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+        logits = logits + mask if mask is not None else logits
+        if module.layer_idx in kept:
+            visible = torch.zeros(*k.shape[:2], n).scatter_(-1, kept[module.layer_idx], 1) > 0
+            if real[module.layer_idx] is not None:
+                assert real[module.layer_idx].all()  # rows keep equally many here, so no slot is padding
+            hidden = ~visible.repeat_interleave(groups, 1)[:, :, None, :].expand(-1, -1, logits.shape[2] - n, -1)
+            logits[:, :, n:, :n] = logits[:, :, n:, :n].masked_fill(hidden, float("-inf"))
+        out = logits.softmax(-1, dtype=torch.float32) @ v.repeat_interleave(groups, 1)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("dense_reference", attention)
+    AttentionMaskInterface.register("dense_reference", eager_mask)
+    configs = {id(m.config): m.config for m in find_attentions(model)}.values()
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "dense_reference"
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            return model(**inputs, position_ids=positions, use_cache=False).logits
+    finally:
+        for config in configs:
+            config._attn_implementation_internal = base
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (30, 0)])
+def test_rows_with_few_real_tokens_keep_them_all(pads):
+    """Row 0 has 10 real tokens under a budget of 16: it equals its own unpadded, uncompressed run."""
+    model, inputs = tiny("llama"), prompt(length=40, pad=pads[0])
+    with tt.apply("knorm(budget=16)", model) as session:
+        out = generate(model, inputs)
+    alone = {k: v[:1, pads[0] :] for k, v in inputs.items()}
+    with tt.apply("knorm(budget=16)", model):
+        want = generate(model, alone)
+    assert torch.equal(out[0, 40:], want[0, 40 - pads[0] :])
+    record = session.report().stages["cache"]
+    assert record.tokens_before == 2 * 2 * (80 - pads[0])
+    assert record.tokens_after == 2 * 2 * (16 + min(16, 40 - pads[0]))
+
+
+def test_memory_is_freed_and_reported():
+    model, inputs = tiny("llama"), prompt(length=200)
+    with tt.apply("snapkv(budget=20, window=4)", model) as session, torch.no_grad():
+        cache = model(**inputs).past_key_values
+    stored = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+    record = session.report().stages["cache"]
+    assert stored == record.bytes_after == record.bytes_before // 10
+    assert record.bytes_before == session.adapter.costs.kv_bytes(200, 4, batch=2)
+
+
+def test_sliding_layers_are_left_alone_and_a_model_of_only_those_is_refused():
+    model = tiny("gemma3_text")
+    with tt.apply("knorm(budget=8)", model) as session, torch.no_grad():
+        cache = model(**prompt(length=40)).past_key_values
+    assert [isinstance(layer, ReducedLayer) for layer in cache.layers] == [False, True, False]
+    assert list(session.provenance()["cache"]) == [1]
+    with pytest.raises(tt.ThriftError, match="sliding window"), tt.apply("knorm", tiny("mistral", sliding_window=16)):
+        pass
+
+
+def test_beam_search_and_a_second_turn_work():
+    model, inputs = tiny("llama"), prompt(length=30)
+    with tt.apply("knorm(budget=1.0)", model):
+        assert torch.equal(
+            generate(model, inputs, num_beams=3), model.generate(**inputs, max_new_tokens=6, num_beams=3)
+        )
+    with tt.apply("knorm(budget=10)", model):
+        assert generate(model, inputs, num_beams=3).shape == (2, 36)
+        first = generate(model, inputs, return_dict_in_generate=True)
+        turn = torch.cat([first.sequences, inputs["input_ids"][:, :7]], 1)
+        second = model.generate(turn, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    assert second.shape == (2, 36 + 7 + 4)
+
+
+def test_unsupported_caches_and_attention_say_what_to_do():
+    model, inputs = tiny("llama"), prompt()
+    with tt.apply("knorm(budget=8)", model), pytest.raises(tt.ThriftError, match="StaticLayer"):
+        generate(model, inputs, cache_implementation="static")
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(tt.ThriftError, match="attn_implementation='sdpa'"), tt.apply("knorm(budget=8)", model):
+        pass
+
+
+def test_a_second_session_on_the_same_model_is_refused():
+    model = tiny("llama")
+    with tt.apply("knorm(budget=8)", model), pytest.raises(tt.ThriftError, match="another session"):
+        tt.apply("knorm(budget=8)", model).install()
+
+
+def test_only_what_the_method_needs_is_computed(monkeypatch):
+    from tokenthrift.models import cache_stage
+
+    def forbidden(*_):
+        raise AssertionError("attention was computed although knorm does not read it")
+
+    monkeypatch.setattr(cache_stage, "attention_rows", forbidden)
+    model = tiny("llama")
+    with tt.apply("knorm(budget=8)", model), torch.no_grad():
+        model(**prompt())
+
+
+@ALL
+def test_flops_equal_the_counted_ones(family):
+    """Prefill of 40 tokens and one step, dense and reduced, against torch's own counter (eager attention)."""
+    model, inputs = tiny(family, "eager"), prompt(batch=1, length=40)
+    with torch.no_grad(), tt.apply("knorm(budget=10)", model) as session, FlopCounterMode(display=False) as counted:
+        cache = model(inputs["input_ids"]).past_key_values
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
+    assert session.report().flops == pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert session.report().flops_dense > session.report().flops

@@ -1,0 +1,57 @@
+"""Attention rows equal the rows of full attention; top-k keeps real tokens only."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenthrift.core.budget import Budget
+from tokenthrift.ops.attention import attention_rows, group_mean
+from tokenthrift.ops.topk import keep_top
+
+
+def full_attention(q, k, scaling, mask):
+    n = k.shape[2]
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scaling
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)[None, None] | ~mask[:, None, None]
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+
+
+def test_rows_equal_full_attention_with_groups_and_padding():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 20, 8), torch.randn(2, 2, 20, 8)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :17] = False  # only three real tokens: two of the five rows asked for are padding
+    want = full_attention(q, k, 0.3, mask)[:, :, -5:] * mask[:, None, -5:, None]
+    torch.testing.assert_close(attention_rows(q[:, :, -5:], k, 0.3, mask), want)
+    torch.testing.assert_close(attention_rows(q[:, :, -5:], k, 0.3)[1], want[1])
+
+
+def test_rows_are_float32_also_for_half_precision():
+    q, k = torch.randn(1, 2, 4, 8).bfloat16(), torch.randn(1, 2, 9, 8).bfloat16()
+    rows = attention_rows(q, k, 1.0)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.sum(-1), torch.ones(1, 2, 4))
+
+
+def test_group_mean_groups_consecutive_heads():
+    x = torch.arange(6.0).view(1, 6, 1)
+    torch.testing.assert_close(group_mean(x, 2), torch.tensor([[[1.0], [4.0]]]))
+
+
+def test_keep_top_drops_padding_and_keeps_order():
+    scores = torch.tensor([[[5.0, 1, 9, 3]], [[9.0, 9, 1, 2]]])
+    mask = torch.tensor([[True] * 4, [False, False, True, True]])
+    map = keep_top(scores, Budget.of(3), mask)
+    assert map.source[0, 0].tolist() == [0, 2, 3]
+    assert map.mask[1, 0].tolist() == [True, True, False]
+    assert map.source[1, 0, :2].tolist() == [2, 3]
+
+
+def test_keep_top_ratio_counts_real_tokens():
+    mask = torch.tensor([[True] * 8, [False] * 4 + [True] * 4])
+    assert keep_top(torch.rand(2, 3, 8), Budget.of(0.5), mask).mask.sum(-1).tolist() == [[4] * 3, [2] * 3]
+
+
+def test_keep_top_with_nothing_to_drop_is_the_identity():
+    mask = torch.tensor([[True] * 4, [False, False, True, True]])
+    assert keep_top(torch.rand(2, 1, 4), Budget.of(4), mask).is_identity
