@@ -3,7 +3,9 @@
     python benchmarks/vision_tome.py [--sizes 224 518] [--repeats 9] [--images FOLDER] [--overlay FOLDER]
 
 Needs the dinov2-s pack (fetched on first use) and photos: a folder of them, or scikit-image's own. Prints a markdown
-table. Times are medians over the repeats, of one forward of the batch; fidelity is the mean over the images of the
+table. Times are medians over the repeats, of one forward of the batch: wall time, and CPU time, which a busy machine
+disturbs less (meaningful with --threads 1). "merging" is the share of the wall time spent on matching, merging and
+copying back. Fidelity is the mean over the images of the
 cosine to the unmodified model, of the CLS token and, copied back to all positions, of the patch tokens.
 """
 
@@ -68,6 +70,7 @@ def measure(
                 "flops": report.flops / report.flops_dense if maps else 1.0,
                 "map": maps.get("vision"),
                 "times": [],
+                "cpu": [],
                 "inside": [],
             }
         )
@@ -75,11 +78,12 @@ def measure(
     for repeat in range(repeats + 1):
         for row, plan in zip(rows, ["", *plans], strict=True):
             with tt.apply(plan, model) as session:
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 model(x)
-                seconds = time.perf_counter() - start
+                seconds, busy = time.perf_counter() - start, time.process_time() - busy
             if repeat:  # the first round warms up
                 row["times"].append(seconds)
+                row["cpu"].append(busy)
                 row["inside"].append(session.records["vision"].seconds / seconds if plan else 0.0)
     return rows
 
@@ -102,17 +106,19 @@ def main() -> None:
         f"dinov2-s, float32, {args.threads} threads, batch {args.batch}, medians of {args.repeats} interleaved "
         f"repeats, fidelity over {len(images)} photos; torch {torch.__version__}, {platform.machine()}\n"
     )
-    print("| pixels | plan | tokens left | ms | images/s | speed-up | FLOPs | merging | cosine CLS | cosine patches |")
-    print("|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| pixels | plan | tokens left | ms | images/s | speed-up | CPU ms | speed-up | FLOPs | merging | cosine CLS | cosine patches |"
+    )
+    print("|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for size in args.sizes:
         plans = args.plans or PLANS[min(PLANS, key=lambda known: abs(known - size))]
         rows = measure(model, images, size, plans, args.repeats, args.batch)
-        base = statistics.median(rows[0]["times"])
+        base, base_cpu = statistics.median(rows[0]["times"]), statistics.median(rows[0]["cpu"])
         for row in rows:
-            seconds = statistics.median(row["times"])
+            seconds, cpu = statistics.median(row["times"]), statistics.median(row["cpu"])
             print(
                 f"| {size} | `{row['plan']}` | {row['tokens']} | {1000 * seconds:.0f} | {args.batch / seconds:.1f} | "
-                f"{base / seconds:.2f} | {row['flops']:.0%} | {statistics.median(row['inside']):.1%} | "
+                f"{base / seconds:.2f} | {1000 * cpu:.0f} | {base_cpu / cpu:.2f} | {row['flops']:.0%} | {statistics.median(row['inside']):.1%} | "
                 f"{row['cls']:.4f} | {row['patches']:.4f} |"
             )
             if args.overlay and row["map"] is not None:
