@@ -20,15 +20,15 @@ class VisionBench:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor = model, processor
         self.prefix = 1 + int(getattr(model.config, "num_register_tokens", 0) or 0)
-        self._reference: tuple[str, Tensor] | None = None
+        self._references: dict[Path, Tensor] = {}
 
     def measure(self, plan: Plan, path: Path) -> dict[str, Any]:
         """Cosines of the features with the unmodified model's, tokens, seconds and FLOPs."""
         pixels = self.pixels(path)
-        if self._reference is None or self._reference[0] != str(path):
-            self._reference = (str(path), self._forward(Plan(), pixels)[0])
-        full = self._reference[1]
         features, row, _ = self._forward(plan, pixels)
+        if path not in self._references:
+            self._references[path] = self._forward(Plan(), pixels)[0] if plan else features
+        full = self._references[path]
         cosine = torch.nn.functional.cosine_similarity(features, full, dim=-1)[0]
         return {**row, "cls": float(cosine[0]), "patches": float(cosine[self.prefix :].mean())}
 

@@ -24,7 +24,7 @@ LANGUAGE = (
 )
 """For language models: each stage alone at useful budgets, then what combines them."""
 
-VISION = ("vision=tome(r=4)", "vision=tome(r=8)", "vision=tome(r=13)", "vision=tome(r=16)")
+VISION = ("vision=tome(keep=0.7)", "vision=tome(keep=0.5)", "vision=tome(keep=0.35)", "vision=tome(keep=0.25)")
 """For vision encoders: from careful to aggressive merging."""
 
 VISION_STAGES = {"vision"}

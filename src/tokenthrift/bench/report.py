@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -54,32 +54,49 @@ def size(value: float) -> str:
 # ---- terminal -------------------------------------------------------------------------------------------------------
 
 
-def table(section: Section) -> Table:
-    """The section's results as a rich table."""
+def table(section: Section, narrow: bool = False) -> Table:
+    """The section's results as a rich table; ``narrow`` leaves out what the report has anyway."""
     from rich.markup import escape
     from rich.table import Table
 
     language = section.kind == "language"
     shown = Table(title=f"{escape(section.model)}", title_justify="left", title_style="bold", padding=(0, 1))
+    columns: dict[str, Callable[[PlanResult], str]] = {
+        "loss": lambda r: number(r.loss),
+        "95%": lambda r: f"{number(r.loss_low, 2)}…{number(r.loss_high, 2)}",
+    }
+    if language:
+        columns |= {
+            "KL": lambda r: number(r.kl),
+            "top-1": lambda r: percent(r.agreement),
+            "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
+            "TTFT s": lambda r: number(r.ttft_s, 2),
+            "ms/tok": lambda r: number(r.decode_ms, 0),
+            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
+            "KV": lambda r: f"{number(r.kv_ratio, 2)}×",
+            "time": lambda r: f"{number(r.time_ratio, 2)}×",
+            "cost": lambda r: f"{number(r.cost, 2)}×",
+        }
+    else:
+        columns |= {
+            "CLS cos": lambda r: number(r.cls, 4),
+            "patch cos": lambda r: number(r.patches, 4),
+            "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
+            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
+            "time": lambda r: f"{number(r.time_ratio, 2)}×",
+        }
+    if narrow:
+        columns = {name: show for name, show in columns.items() if name in ("loss", "KV", "FLOPs", "time")}
     shown.add_column("plan", overflow="fold", min_width=24, ratio=1)
-    names = ["loss", "95%", "KL", "top-1", "tokens", "TTFT s", "ms/tok", "KV", "FLOPs", "time", "cost"]
-    for name in names if language else ["loss", "95%", "CLS cos", "patch cos", "tokens", "FLOPs", "time"]:
+    for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
     for r in section.results:
-        label = f"{'★ ' if r.recommended else '• ' if r.pareto else '  '}{escape(r.name)}"
-        style = "bold green" if r.recommended else "" if r.pareto else "dim"
         if r.error:
             shown.add_row(f"  {escape(r.name)}\n  [red]failed: {escape(r.error)}[/red]")
             continue
-        interval = f"{number(r.loss_low, 2)}…{number(r.loss_high, 2)}"
-        tokens = f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}"
-        ratios = [f"{number(r.flops_ratio, 2)}×", f"{number(r.time_ratio, 2)}×"]
-        cells = [number(r.loss), interval]
-        if language:
-            cells += [number(r.kl), percent(r.agreement), tokens, number(r.ttft_s, 2), number(r.decode_ms, 0)]
-            cells += [f"{number(r.kv_ratio, 2)}×", *ratios, f"{number(r.cost, 2)}×"]
-        else:
-            cells += [number(r.cls, 4), number(r.patches, 4), tokens, *ratios]
+        label = f"{'★ ' if r.recommended else '• ' if r.pareto else '  '}{escape(r.name)}"
+        style = "bold green" if r.recommended else "" if r.pareto else "dim"
+        cells = [show(r) for show in columns.values()]
         shown.add_row(label, *cells, style=style)
     return shown
 

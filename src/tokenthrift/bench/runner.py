@@ -19,6 +19,7 @@ from .. import __version__
 from ..api import apply
 from ..core.errors import ThriftError, did_you_mean
 from ..core.plan import Plan
+from ..models.images import ImageProcessor
 from . import plans as plan_sets
 from .data import Data, default_data, load_data
 from .images import VisionBench
@@ -132,6 +133,8 @@ def bench(
     jobs = []
     for name in [model] if model is not None else _default_models(chosen, found):
         loaded, companion = _load(name, processor)
+        if isinstance(name, str) and isinstance(companion, ImageProcessor):  # the resolution the model is made for
+            companion = replace(companion, size=getattr(loaded.config, "image_size", companion.size))
         kind = "language" if hasattr(loaded, "generate") and loaded.can_generate() else "vision"
         label = name if isinstance(name, str) else getattr(loaded.config, "_name_or_path", "") or type(loaded).__name__
         mine = chosen if chosen is not None else [Plan.parse(p) for p in getattr(plan_sets, kind.upper())]
@@ -298,7 +301,7 @@ class VisionJob(Job):
         self.runner.measure(Plan(), self.images[0])
 
     def steps(self) -> Iterator[Any]:
-        for repeat in range(self.suite.repeats + 1):  # an image takes a fraction of a second
+        for repeat in range(self.suite.repeats):
             for number, path in enumerate(self.images):
                 turn = (repeat * len(self.images) + number) % len(self.everything)
                 for plan in self.everything[turn:] + self.everything[:turn]:

@@ -78,8 +78,10 @@ def bench(
     from rich.console import Console
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)  # a file or a pipe has no width
     for section in result.sections:
-        console.print(table(section))
+        console.print(table(section, narrow=console.width < 120))
         console.print("★ recommended  • on the Pareto front", style="dim")
         console.print(headline(section, max_quality_loss), style="bold", markup=False)
         if warning := caution(section, max_quality_loss):
