@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Which adapter fits a model. An adapter says where the stages are in a family; see ``core.session.Adapter``."""
-=======
 """Which adapter fits a model. An adapter says where the stages are in a family of models."""
->>>>>>> vision
 
 from __future__ import annotations
 
