@@ -53,7 +53,7 @@ class LanguageBench:
         """The held-back text; for a user's prompt, what the unmodified model itself writes next."""
         if case.kind != "prompt":
             return self._ids(case.continuation)
-        prompt, _ = self._encode(case, case.context)
+        prompt = self._encode(case, case.context)
         inputs = self._tensor(prompt)
         with torch.no_grad():
             out = self.model.generate(
@@ -71,7 +71,7 @@ class LanguageBench:
             first_at = self._now()
             cache, first = out.past_key_values, out.logits[0, -1:]
             row: dict[str, Any] = {
-                "tokens_before": len(self._encode(case, case.context)[0]),
+                "tokens_before": len(self._encode(case, case.context)),
                 "tokens": len(prompt),
                 "compress_s": compressed_at - start,
                 "ttft_s": first_at - start,
@@ -174,17 +174,17 @@ class LanguageBench:
     def _shorten(self, session: Session, plan: Plan, case: Case) -> tuple[list[int], Any]:
         """The prompt's tokens, after the plan's text stage if it has one, and what that stage returned."""
         if "text" not in plan.stages:
-            return self._encode(case, case.context)
+            return self._encode(case, case.context), None
         compressed = session.compress(case.context, case.question.strip() or None)
-        return self._encode(case, compressed.text)[0], compressed
+        return self._encode(case, compressed.text), compressed
 
-    def _encode(self, case: Case, context: str) -> tuple[list[int], None]:
+    def _encode(self, case: Case, context: str) -> list[int]:
         if case.chat:
             message = [{"role": "user", "content": context + case.question}]
             encoded = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-            return list(encoded["input_ids"]), None
+            return list(encoded["input_ids"])
         ids = self.tokenizer(context, verbose=False)["input_ids"]
-        return ids + self._ids(case.question), None
+        return list(ids) + self._ids(case.question)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []

@@ -257,7 +257,7 @@ class LanguageJob(Job):
         for case in self.cases:
             if case.kind != "generation":
                 for plan in dict.fromkeys(self.measured.values()):
-                    facts = {"kind": "quality", "case": case.id}
+                    facts: dict[str, Any] = {"kind": "quality", "case": case.id}
                     key = f"language|quality|{plan}|{case.id}"
                     yield key, plan, lambda p=plan, c=case: self.runner.quality(p, c), facts
         for repeat in range(self.suite.repeats):

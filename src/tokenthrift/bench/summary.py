@@ -72,8 +72,8 @@ class PlanResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what was not measured is None."""
-        data = {"name": self.name, **asdict(self)}
-        return {k: None if isinstance(v, float) and v != v else v for k, v in data.items()}
+        data: dict[str, Any] = _plain({"name": self.name, **asdict(self)})
+        return data
 
 
 def summarise_language(rows: Rows, plans: Sequence[tuple[str, str]], seed: int, max_loss: float) -> list[PlanResult]:
@@ -195,6 +195,13 @@ def _rank(results: list[PlanResult], costs: list[Any], max_loss: float) -> None:
     # Nothing is recommended that costs more than doing nothing: the unmodified model is one of those compared.
     if ranked:
         ranked[chosen or 0].recommended = True
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
 
 
 def _mean(values: Sequence[float]) -> float:
