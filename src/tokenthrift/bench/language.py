@@ -103,8 +103,7 @@ class LanguageBench:
     def _score(self, cache: Any, first: Tensor, probe: Probe) -> float:
         lead, answer = self._ids(probe.lead), self._ids(probe.answer)
         logits = self._follow(copy.deepcopy(cache), first, lead + answer)[len(lead) :]
-        share = metrics.hits(logits, torch.tensor(answer, device=logits.device))
-        return float(share == 1.0) if probe.exact else share
+        return metrics.hits(logits, torch.tensor(answer, device=logits.device))
 
     def _follow(self, cache: Any, first: Tensor, tokens: list[int]) -> Tensor:
         """Logits that predict each of ``tokens`` after the (reduced) cache; ``first`` predicts the first of them."""

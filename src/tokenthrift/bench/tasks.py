@@ -42,14 +42,13 @@ SUITES = {
 class Probe:
     """A piece of text to follow the prompt, of which the model should find the last part, ``answer``.
 
-    Scored by teacher forcing: with ``exact`` 1 if greedy decoding would have written the whole answer, else the share
-    of its tokens that are the most likely ones. Works for small base models, which follow no instructions.
+    The score is the share of the answer's tokens that are the most likely ones, by teacher forcing; 1.0 means that
+    greedy decoding would have written it. This works for small base models too, which follow no instructions.
     """
 
     task: str
     lead: str
     answer: str
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Case:
 TASKS = {
     "continuation": "the next token of the document's held-back continuation is the most likely one",
     "quote": "a sentence of the document is begun again after the prompt: share of its next tokens found",
-    "lookup": "one of four codes hidden in the document is asked for: written without a mistake",
+    "lookup": "one of four codes hidden in the document is asked for: share of its tokens found",
     "answer": "share of the tokens of the user's own answers found",
 }
 """What the scores mean; all lie between 0 and 1."""
@@ -198,8 +197,11 @@ def lookup(name: str, text: str, rng: random.Random, records: int = 4) -> Case:
         f"lookup/{name}",
         "lookup",
         "\n".join(lines),
-        f"\n\nQuestion: What is the access code of the {place} office?\nAnswer:",
-        probes=(Probe("lookup", f" The access code of the {place} office is", f" {code}", exact=True),),
+        # As in RULER, the prompt ends with the beginning of the answer, so that methods that look at the last queries
+        # see what is wanted, and a base model knows what to write.
+        f"\n\nQuestion: What is the access code of the {place} office?\n"
+        f"Answer: The access code of the {place} office is",
+        probes=(Probe("lookup", "", f" {code}"),),
     )
 
 
