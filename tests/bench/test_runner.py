@@ -208,3 +208,9 @@ def test_vision(tmp_path: Path) -> None:
     assert 0.5 < merged.cls <= 1
     assert 0.5 < merged.patches <= 1
     assert "data:image/jpeg;base64," in (tmp_path / "report.html").read_text()
+
+
+def test_public_name_is_a_function_before_and_after_import(result: BenchResult) -> None:
+    for _ in range(2):
+        with pytest.raises(ThriftError, match="unknown suite"):
+            tt.bench(tiny_model(), suite="nonsense")

@@ -63,6 +63,17 @@ def test_own_files(tmp_path: Path, tokenizer: object) -> None:
     assert not prompts[1].probes
 
 
+def test_files_of_one_name_are_told_apart(tmp_path: Path, tokenizer: object) -> None:
+    paths = [tmp_path / folder / "a.txt" for folder in "xy"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(a_text(200), encoding="utf-8")
+    data = load_data([*paths, paths[0]])
+    assert [d.name for d in data.documents] == [str(p) for p in paths]
+    cases = build_cases(data, tokenizer, SUITE)
+    assert len({c.id for c in cases}) == len(cases)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

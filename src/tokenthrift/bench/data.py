@@ -77,15 +77,15 @@ def load_data(paths: Sequence[str | Path]) -> Data:
     documents: list[Document] = []
     prompts: list[Prompt] = []
     images: list[Path] = []
-    for path in map(Path, paths):
+    for path, name in names(map(Path, paths)).items():
         if path.suffix.lower() in IMAGES:
             images.append(_image(path))
             continue
         text = read_text(path).replace("\r\n", "\n")
         if path.suffix.lower() in {".jsonl", ".ndjson"}:
-            prompts += _prompts(path, text)
+            prompts += _prompts(name, text)
         else:
-            documents.append(Document(path.name, text))
+            documents.append(Document(name, text))
     source = "The user's own: " + ", ".join(Path(p).name for p in paths)
     return Data(source, tuple(documents), prompts=tuple(prompts), images=tuple(images))
 
@@ -97,11 +97,18 @@ def _module(name: str) -> Document | None:
     return Document(f"{name}.py", Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def _prompts(path: Path, text: str) -> Iterable[Prompt]:
+def names(paths: Iterable[Path]) -> dict[Path, str]:
+    """A short name for every file: its own where that tells it from the others, else its path. Drops duplicates."""
+    paths = list(dict.fromkeys(paths))
+    plain = [path.name for path in paths]
+    return {path: path.name if plain.count(path.name) == 1 else str(path) for path in paths}
+
+
+def _prompts(name: str, text: str) -> Iterable[Prompt]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{name}, line {number}"
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
@@ -111,7 +118,7 @@ def _prompts(path: Path, text: str) -> Iterable[Prompt]:
         answer = item.get("answer")
         if answer is not None and (not isinstance(answer, str) or not answer.strip()):
             raise ThriftError(f'{where}: "answer" must be text that is not empty, or left out')
-        yield Prompt(f"{path.name}:{number}", item["prompt"], answer)
+        yield Prompt(f"{name}:{number}", item["prompt"], answer)
 
 
 def _image(path: Path) -> Path:

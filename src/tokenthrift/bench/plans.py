@@ -11,20 +11,20 @@ from ..core.errors import ThriftError
 from ..core.plan import Plan
 
 LANGUAGE = (
-    "cache=snapkv(budget=256)",
-    "cache=snapkv(budget=128)",
-    "cache=knorm(budget=256)",
-    "cache=streaming_llm(budget=256)",
-    "text=truncate(rate=0.5)",
-    "text=selective_context(rate=0.5)",
-    "text=embedding_sentences(rate=0.5)",
+    "cache=snapkv(budget=384)",
+    "cache=snapkv(budget=192)",
+    "cache=knorm(budget=384)",
+    "cache=streaming_llm(budget=384)",
+    "text=truncate(rate=0.6)",
+    "text=selective_context(rate=0.6)",
+    "text=embedding_sentences(rate=0.6)",
     "decode=prompt_lookup()",
-    "cache=snapkv(budget=256) decode=prompt_lookup()",
-    "text=embedding_sentences(rate=0.7) cache=snapkv(budget=256) decode=prompt_lookup()",
+    "cache=snapkv(budget=384) decode=prompt_lookup()",
+    "text=embedding_sentences(rate=0.7) cache=snapkv(budget=384) decode=prompt_lookup()",
 )
 """For language models: each stage alone at useful budgets, then what combines them."""
 
-VISION = ("vision=tome(keep=0.7)", "vision=tome(keep=0.5)", "vision=tome(keep=0.35)", "vision=tome(keep=0.25)")
+VISION = ("vision=tome(keep=0.8)", "vision=tome(keep=0.6)", "vision=tome(keep=0.4)", "vision=tome(keep=0.25)")
 """For vision encoders: from careful to aggressive merging."""
 
 VISION_STAGES = {"vision"}

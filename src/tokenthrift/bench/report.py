@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .runner import BenchResult, Section
 
 NONE = "–"
+UNSTEADY = 1.5
+"""Repeats that differ by more than this factor are worth a warning."""
 
 
 # ---- formatting -----------------------------------------------------------------------------------------------------
@@ -28,7 +30,8 @@ def number(value: float | None, digits: int = 3, unit: str = "") -> str:
     """A number for people; a dash for what was not measured."""
     if value is None or value != value:
         return NONE
-    return f"{value:.{digits}f}{unit}".replace("-0.000", "0.000")
+    rounded = round(value, digits) + 0.0  # no "-0.00"
+    return f"{rounded:.{digits}f}{unit}"
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -38,7 +41,7 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 def signed(value: float) -> str:
     """A difference, with its sign."""
-    return f"{value:+.2f}"
+    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}"
 
 
 def span(low: float, high: float, digits: int = 3) -> str:
@@ -118,14 +121,20 @@ def headline(section: Section, max_loss: float) -> str:
 
 
 def caution(section: Section, max_loss: float) -> str:
-    """What the sample is too small to rule out."""
-    best = section.best
+    """What the measurements are too few, or too unsteady, to say."""
+    best, warnings = section.best, []
+    spread = max((r.spread for r in section.results if r.spread == r.spread), default=1.0)
+    if spread > UNSTEADY:
+        warnings.append(
+            f"Repeats of the same measurement took up to {number(spread, 1)}× as long as one another: other work on this "
+            "machine disturbed the times. Measure again on an idle machine, or with more --repeats."
+        )
     if best.plan and best.loss_high > max_loss:
-        return (
+        warnings.append(
             f"The 95% interval of this loss reaches {number(best.loss_high)}, above the {max_loss:g} allowed: "
             "measure more, with --suite full or more data, before relying on it."
         )
-    return ""
+    return " ".join(warnings)
 
 
 # ---- plan.yaml ------------------------------------------------------------------------------------------------------
@@ -135,21 +144,22 @@ def write_plans(result: BenchResult) -> None:
     """plan.yaml for the first model; plan-<kind>.yaml for a second one."""
     for i, section in enumerate(result.sections):
         name = "plan.yaml" if i == 0 else f"plan-{section.kind}.yaml"
-        (result.out / name).write_text(plan_yaml(section, result), encoding="utf-8")
+        (result.out / name).write_text(plan_yaml(section, result, name), encoding="utf-8")
 
 
-def plan_yaml(section: Section, result: BenchResult) -> str:
+def plan_yaml(section: Section, result: BenchResult, name: str = "plan.yaml") -> str:
     """The recommended plan as YAML that ``tokenthrift.apply`` reads, its figures as comments."""
     best = section.best
+    ratios = {"time": best.time_ratio, "KV bytes": best.kv_ratio, "FLOPs": best.flops_ratio}
+    figures = [f"quality loss {number(best.loss)} (95%: {span(best.loss_low, best.loss_high)})"]
     comments = [
         headline(section, result.max_quality_loss),
         caution(section, result.max_quality_loss),
-        f"quality loss {number(best.loss)} (95%: {span(best.loss_low, best.loss_high)}), time "
-        f"{number(best.time_ratio, 2)}x, KV bytes {number(best.kv_ratio, 2)}x, FLOPs {number(best.flops_ratio, 2)}x",
+        ", ".join(figures + [f"{name} {number(ratio, 2)}x" for name, ratio in ratios.items() if ratio == ratio]),
         f"model: {section.model}; data: {result.source}",
         f"measured {result.date} on {result.machine['processor']}, {result.machine['threads']} threads, by:",
         f"  {result.command}",
-        'use: with tokenthrift.apply(pathlib.Path("plan.yaml"), model, processor=tokenizer) as session: ...',
+        f'use: with tokenthrift.apply("{name}", model, processor=tokenizer) as session: ...',
     ]
     lines = [" ".join(c.split()) if not c.startswith("  ") else c.replace("\n", " ") for c in comments if c]
     return "\n".join(f"# {line}" for line in lines) + "\n" + Plan.parse(best.plan).to_yaml()
@@ -286,7 +296,8 @@ def _texts(section: Section, rows: Sequence[dict[str, Any]], limit: int = 2400) 
                 "before": row["tokens_before"],
                 "after": row["tokens"],
             }
-    return list(found.values())
+    # What cuts into the most pieces shows most.
+    return sorted(found.values(), key=lambda example: -len(example["runs"]))
 
 
 def runs(text: str, kept: Sequence[Sequence[int]]) -> list[tuple[bool, str]]:

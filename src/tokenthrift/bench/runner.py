@@ -21,7 +21,7 @@ from ..core.errors import ThriftError, did_you_mean
 from ..core.plan import Plan
 from ..models.images import ImageProcessor
 from . import plans as plan_sets
-from .data import Data, default_data, load_data
+from .data import Data, default_data, load_data, names
 from .images import VisionBench
 from .language import LanguageBench, without_decode
 from .metrics import common_prefix
@@ -302,11 +302,11 @@ class VisionJob(Job):
 
     def steps(self) -> Iterator[Any]:
         for repeat in range(self.suite.repeats):
-            for number, path in enumerate(self.images):
+            for number, (path, name) in enumerate(names(self.images).items()):
                 turn = (repeat * len(self.images) + number) % len(self.everything)
                 for plan in self.everything[turn:] + self.everything[:turn]:
-                    facts = {"kind": "vision", "case": path.name, "repeat": repeat}
-                    key = f"vision|{plan}|{path.name}|{repeat}"
+                    facts = {"kind": "vision", "case": name, "repeat": repeat}
+                    key = f"vision|{plan}|{name}|{repeat}"
                     yield key, plan, lambda p=plan, f=path: self.runner.measure(p, f), facts
 
     def section(self, store: Store, max_loss: float) -> Section:

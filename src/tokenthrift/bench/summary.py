@@ -36,7 +36,7 @@ class PlanResult:
     ``loss`` is the quality loss that plans are ranked by: the mean drop over all tasks with a right answer (on a scale
     of 0 to 1), for vision 1 - the mean cosine of the output features; where nothing has a right answer, the share of
     next tokens that change. ``cost`` is the geometric mean of the ratios of end-to-end seconds and KV bytes (vision:
-    the ratio of seconds).
+    the ratio of seconds). ``spread`` is the slowest repeat over the fastest of the same case, the worst of all cases.
     """
 
     plan: str
@@ -52,6 +52,7 @@ class PlanResult:
     tokens_before: float = nan
     tokens: float = nan
     compress_s: float = nan
+    spread: float = nan
     ttft_s: float = nan
     decode_ms: float = nan
     kl: float = nan
@@ -142,6 +143,7 @@ def _fill_speed(result: PlanResult, rows: dict[str, list[Any]], base: dict[str, 
         return
     for name in ("compress_s", "ttft_s", "decode_ms"):
         setattr(result, name, _mean([median(r[name] for r in rows[c]) for c in shared]))
+    result.spread = _spread([[r["seconds"] for r in rows[c]] for c in shared])
     seconds = {c: median(r["seconds"] for r in rows[c]) for c in shared}
     result.seconds = _mean(list(seconds.values()))
     result.time_ratio = _ratio(sum(seconds.values()), sum(median(r["seconds"] for r in base[c]) for c in shared))
@@ -172,6 +174,7 @@ def summarise_vision(rows: Rows, plans: Sequence[str], seed: int, max_loss: floa
             setattr(result, name, _mean([r[name] for r in first]))
         losses = [1 - (r["cls"] + r["patches"]) / 2 for r in first] if plan else [0.0]
         result.loss, result.loss_low, result.loss_high = bootstrap({"cosine": losses}, seed)
+        result.spread = _spread([[r["seconds"] for r in mine[c]] for c in shared])
         seconds = {c: median(r["seconds"] for r in mine[c]) for c in shared}
         result.seconds = _mean(list(seconds.values()))
         result.cost = result.time_ratio = _ratio(
@@ -195,6 +198,10 @@ def _rank(results: list[PlanResult], costs: list[Any], max_loss: float) -> None:
     # Nothing is recommended that costs more than doing nothing: the unmodified model is one of those compared.
     if ranked:
         ranked[chosen or 0].recommended = True
+
+
+def _spread(repeats: Sequence[Sequence[float]]) -> float:
+    return max(max(seconds) / min(seconds) for seconds in repeats)
 
 
 def _plain(value: Any) -> Any:
