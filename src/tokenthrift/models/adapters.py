@@ -1,4 +1,4 @@
-"""Which adapter fits a model. An adapter says where the stages are in a family of models."""
+"""Which adapter fits a model. An adapter says where the stages are in a family; see ``core.session.Adapter``."""
 
 from __future__ import annotations
 
