@@ -107,7 +107,7 @@ class TokenMap:
 
         if weight is not None:
             mass = torch.where(of_group(mass) > 0, mass, 1)  # a group without any mass: its plain mean
-        return cls(
+        made = cls(
             source=torch.arange(group.shape[-1], device=group.device).expand(group.shape),
             target=group,
             weight=mass / of_group(mass) * real,
@@ -115,6 +115,9 @@ class TokenMap:
             n_out=n_out,
             anchor=anchor,
         )
+        # Each token is the source of just one edge, so these cached properties are known.
+        made.__dict__.update(exclusive=True, owner=group, kept=real, _real=real)
+        return made
 
     @classmethod
     def transform(cls, share: Tensor, sizes: Tensor | None = None) -> TokenMap:
@@ -171,15 +174,19 @@ class TokenMap:
         return torch.ones_like(self.weight) if self.share is None else self.share
 
     @cached_property
+    def _real(self) -> Tensor:
+        return self.target >= 0
+
+    @cached_property
     def mask(self) -> Tensor:
         """``(*lead, n_out)`` bool: the outputs that are real, not padding."""
-        return self._scatter(self.target >= 0, self.n_out) > 0
+        return self._scatter(self._real, self.n_out) > 0
 
     @cached_property
     def kept(self) -> Tensor:
         """``(*lead, n_in)`` bool: the inputs that feed some output."""
         hits = torch.zeros(*self.lead, self.n_in, device=self.device)
-        return hits.scatter_add_(-1, self.source, (self.target >= 0).to(hits.dtype)) > 0
+        return hits.scatter_add_(-1, self.source, self._real.to(hits.dtype)) > 0
 
     @cached_property
     def _drops(self) -> bool:
@@ -193,7 +200,7 @@ class TokenMap:
     def exclusive(self) -> bool:
         """True for pruning and merging: every input feeds at most one output."""
         fan_out = torch.zeros(*self.lead, self.n_in, device=self.device)
-        return bool((fan_out.scatter_add_(-1, self.source, (self.target >= 0).to(fan_out.dtype)) <= 1).all())
+        return bool((fan_out.scatter_add_(-1, self.source, self._real.to(fan_out.dtype)) <= 1).all())
 
     @cached_property
     def is_selection(self) -> bool:
@@ -201,36 +208,41 @@ class TokenMap:
         if self.n_edges != self.n_out:
             return False
         slots = torch.arange(self.n_out, device=self.device)
-        return bool(((self.target == slots) | (self.target < 0)).all() and (self.weight[self.target >= 0] == 1).all())
+        return bool(((self.target == slots) | (self.target < 0)).all() and (self.weight[self._real] == 1).all())
 
     @property
     def is_identity(self) -> bool:
         """True when nothing changes."""
         slots = torch.arange(self.n_out, device=self.device)
-        return (
-            self.n_in == self.n_out and self.is_selection and bool(((self.source == slots) & (self.target >= 0)).all())
-        )
+        return self.n_in == self.n_out and self.is_selection and bool(((self.source == slots) & self._real).all())
 
     @cached_property
-    def _edges(self) -> tuple[Tensor, Tensor]:
-        """What :meth:`apply` needs: each output's first edge ``(*lead, n_out)``, and flat indices of all further ones.
+    def _edges(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The edges as :meth:`apply` wants them, as rows of features with flattened leading dimensions.
 
-        Padding outputs have some edge or other.
+        Of each output's first edge the source and the weight (of padding, those of some edge or other); of all further
+        edges the source, the target and the weight.
         """
-        real = self.target >= 0
         edge = torch.arange(self.n_edges, device=self.device).expand(self.target.shape)
-        slot = torch.where(real, self.target, self.n_out)
+        slot = torch.where(self._real, self.target, self.n_out)
         first = torch.zeros(*self.lead, self.n_out + 1, dtype=torch.int64, device=self.device)
         first = first.scatter_reduce_(-1, slot, edge, "amin", include_self=False)
-        rest = (real & (first.gather(-1, slot) != edge)).flatten().nonzero().squeeze(-1)
-        return first[..., : self.n_out], rest
+        more = (self._real & (first.gather(-1, slot) != edge)).flatten().nonzero().squeeze(-1)
+        first, row = first[..., : self.n_out], more // self.n_edges
+        return (
+            _flat(self.source.gather(-1, first), self.n_in),
+            self.weight.gather(-1, first).reshape(-1, 1),
+            self.source.reshape(-1)[more] + row * self.n_in,
+            self.target.reshape(-1)[more] + row * self.n_out,
+            self.weight.reshape(-1, 1)[more],
+        )
 
     @cached_property
     def owner(self) -> Tensor:
         """``(*lead, n_in)`` int64: the output that each input gives most of its mass to, -1 if dropped."""
         if self.exclusive:
             owner = torch.full((*self.lead, self.n_in + 1), -1, device=self.device)
-            slot = torch.where(self.target >= 0, self.source, self.n_in)  # padding edges write into a spare column
+            slot = torch.where(self._real, self.source, self.n_in)  # padding edges write into a spare column
             return owner.scatter_(-1, slot, self.target)[..., : self.n_in]
         dense = self._dense(self._share)
         return torch.where(dense.sum(-2) > 0, dense.argmax(-2), -1)
@@ -243,7 +255,7 @@ class TokenMap:
         if self.is_selection:
             return self.source
         # Over the edges, not the dense matrix; the first of equally heavy sources.
-        slot = torch.where(self.target >= 0, self.target, self.n_out)
+        slot = torch.where(self._real, self.target, self.n_out)
         heaviest = self.weight.new_zeros(*self.lead, self.n_out + 1).scatter_reduce_(-1, slot, self.weight, "amax")
         source = torch.where(self.weight == heaviest.gather(-1, slot), self.source, self.n_in)
         first = self.source.new_zeros(*self.lead, self.n_out + 1)
@@ -268,17 +280,13 @@ class TokenMap:
             return (self.dense() @ x.to(torch.float32)).to(x.dtype)
         # Nearly every output of a merge has one source: gather those rows, then add the few further ones.
         # Half precision sums are kept in float32: a merged token may average hundreds of others.
-        first, rest = self._edges
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = _rows(x, self.source.gather(-1, first)).to(wide).mul_(self.weight.gather(-1, first).unsqueeze(-1))
-        if self._pads:
-            out = out.masked_fill(~self.mask.unsqueeze(-1), 0)
-        if rest.numel():
-            row = rest // self.n_edges  # of the flattened leading dimensions
-            more = x.flatten(0, -2).index_select(0, row * self.n_in + self.source.reshape(-1)[rest])
-            more = more.to(wide) * self.weight.reshape(-1, 1)[rest]
-            out.flatten(0, -2).index_add_(0, row * self.n_out + self.target.reshape(-1)[rest], more)
-        return out.to(x.dtype)
+        first, weight, more, target, more_weight = self._edges
+        wide, flat = torch.promote_types(x.dtype, torch.float32), x.flatten(0, -2)
+        out = flat.index_select(0, first).to(wide).mul_(weight)
+        if more.numel():
+            out.index_add_(0, target, flat.index_select(0, more).to(wide).mul_(more_weight))
+        out = out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
+        return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self._pads else out
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
         """Back to the input tokens: ``(*lead, n_out, dim)`` to ``(*lead, n_in, dim)``.
@@ -297,10 +305,10 @@ class TokenMap:
             if self._drops:
                 out = out.masked_fill(~self.kept.unsqueeze(-1), 0)
         else:
-            given = self._share * (self.target >= 0)
+            given = self._share * self._real
             total = torch.zeros(*self.lead, self.n_in, device=self.device).scatter_add_(-1, self.source, given)
             weight = given / total.gather(-1, self.source).clamp(min=torch.finfo(torch.float32).tiny)
-            target = torch.where(self.target >= 0, self.source, -1)
+            target = torch.where(self._real, self.source, -1)
             back = TokenMap(self.target.clamp(min=0), target, weight, n_in=self.n_out, n_out=self.n_in)
             out = back.apply(y)
         return out if fill is None else torch.where(self.kept.unsqueeze(-1), out, fill)
@@ -326,7 +334,7 @@ class TokenMap:
             return self._scatter(of_edge * self.weight, self.n_out)
         if mode != "first":
             raise ValueError(f"unknown position mode {mode!r}; use 'first', 'mean' or 'anchor'")
-        slot = torch.where(self.target >= 0, self.target, self.n_out)
+        slot = torch.where(self._real, self.target, self.n_out)
         out = positions.new_zeros(*self.lead, self.n_out + 1)
         return out.scatter_reduce_(-1, slot, of_edge, "amin", include_self=False)[..., : self.n_out]
 
@@ -344,7 +352,7 @@ class TokenMap:
                 index = _take(torch.where(self.mask, self.source, -1), after.source, after.mask, -1)
                 return replace(TokenMap.select(index, self.n_in), anchor=anchor)
             if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
-                mid, real = self.target, self.target >= 0
+                mid, real = self.target, self._real
                 second = torch.zeros(*after.lead, after.n_in, device=self.device)
                 second = second.scatter_add_(-1, after.source, after.weight * (after.target >= 0))
                 return TokenMap(
@@ -385,25 +393,28 @@ class TokenMap:
 
     def _scatter(self, values: Tensor, n: int) -> Tensor:
         """Sum edge values into their targets; padding edges go to a spare slot that is cut off."""
-        slot = torch.where(self.target >= 0, self.target, n)
+        slot = torch.where(self._real, self.target, n)
         out = torch.zeros(*self.lead, n + 1, device=self.device)
         return out.scatter_add_(-1, slot, values.to(out.dtype))[..., :n]
 
     def _dense(self, values: Tensor) -> Tensor:
-        slot = torch.where(self.target >= 0, self.target * self.n_in + self.source, self.n_out * self.n_in)
+        slot = torch.where(self._real, self.target * self.n_in + self.source, self.n_out * self.n_in)
         out = torch.zeros(*self.lead, self.n_out * self.n_in + 1, device=self.device)
         out.scatter_add_(-1, slot, values.to(out.dtype))
         return out[..., :-1].reshape(*self.lead, self.n_out, self.n_in)
 
 
+def _flat(index: Tensor, n: int) -> Tensor:
+    """``index`` ``(*lead, m)`` into ``(*lead, n)``, as an index into both flattened."""
+    *lead, _ = index.shape
+    return (index + n * torch.arange(math.prod(lead), device=index.device).view(*lead, 1)).flatten()
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` ``(*lead, n, dim)`` at ``index`` ``(*lead, m)``, several times faster than ``x.gather``."""
-    *lead, n, dim = x.shape
-    if not n:  # nothing to pick from: all indices stand for dropped tokens
-        return x.new_zeros(*index.shape, dim)
-    batch = math.prod(lead)
-    start = n * torch.arange(batch, device=x.device).view(*lead, 1)  # of each row in the flattened features
-    return x.reshape(batch * n, dim).index_select(0, (index + start).flatten()).view(*index.shape, dim)
+    if not x.shape[-2]:  # nothing to pick from: all indices stand for dropped tokens
+        return x.new_zeros(*index.shape, x.shape[-1])
+    return x.flatten(0, -2).index_select(0, _flat(index, x.shape[-2])).view(*index.shape, x.shape[-1])
 
 
 def _pad(t: Tensor, length: int, value: int) -> Tensor:

@@ -152,7 +152,6 @@ class _Forward:
     maps: list[TokenMap] = field(default_factory=list)
     sizes: Tensor | None = None
     """Per token, how many it stands for: ``(batch, tokens)``; None = all one."""
-    protected: Tensor | None = None
     bias: Tensor | None = None
     """To be added to the attention scores: ``(batch, 1, 1, tokens)``."""
     masked: bool = False
@@ -312,7 +311,6 @@ class _Runtime:
             return None
         with now:
             now.maps.append(now.map)
-            now.protected = now.map.sizes(self.protected(now, out).to(torch.float32)) > 0
             now.sizes = now.map.sizes(now.sizes)
             if getattr(self.method, "prop_attn", False):
                 now.bias = now.sizes.log()[:, None, None, :]  # -inf at padding, whose size is 0
@@ -328,17 +326,13 @@ class _Runtime:
             keys=Lazy(partial(self.heads, now, i, "k_proj")),
             attention=Lazy(lambda: partial(self.attention, now, i)),
             sizes=Lazy(lambda: torch.ones(h.shape[:2], device=h.device) if now.sizes is None else now.sizes),
-            protected=Lazy(partial(self.protected, now, h)),
+            # The prefix stays in front, so what is protected needs no tracking.
+            protected=Lazy(lambda: (torch.arange(h.shape[1], device=h.device) < now.prefix).expand(h.shape[:2])),
             prefix=now.prefix,
             grid=now.grid,
             layer=i,
             layers=len(self.layers),
         )
-
-    def protected(self, now: _Forward, h: Tensor) -> Tensor:
-        if now.protected is None:
-            return (torch.arange(h.shape[1], device=h.device) < now.prefix).expand(h.shape[:2])
-        return now.protected
 
     def heads(self, now: _Forward, i: int, projection: str) -> Tensor:
         """``(batch, heads, tokens, head_dim)``."""

@@ -51,8 +51,11 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: Tensor | None = N
     metric = normalize(metric.to(torch.float32), dim=-1)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
     if protected is not None:
-        scores.masked_fill_(protected[:, ::2, None] | protected[:, None, 1::2], -torch.inf)
+        row, column = protected[:, 1::2].nonzero(as_tuple=True)  # few: no pass over the whole matrix
+        scores[row, :, column] = -torch.inf
     best, partner = scores.max(-1)
+    if protected is not None:
+        best = best.masked_fill(protected[:, ::2], -torch.inf)
     chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
 
     merged = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, 2 * chosen, True)
