@@ -13,6 +13,7 @@ from .core.session import Session
 from .core.view import Lazy
 
 if TYPE_CHECKING:
+    from .bench.runner import BenchResult
     from .models.scoring import Embedder, Scorer
     from .text.compressed import CompressedText
 
@@ -111,3 +112,10 @@ def load_embedder(name: str = "minilm-l6") -> Embedder:
     from .models.scoring import Embedder
 
     return Embedder(*load(name))
+
+
+def bench(*args: Any, **kwargs: Any) -> BenchResult:
+    """Compare plans with the unmodified model; see :func:`tokenthrift.bench.runner.bench`, whose arguments it takes."""
+    from .bench.runner import bench as run
+
+    return run(*args, **kwargs)

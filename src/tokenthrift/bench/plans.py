@@ -1,0 +1,61 @@
+"""The plans to compare: the default sets, and reading the user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ThriftError
+from ..core.plan import Plan
+
+LANGUAGE = (
+    "cache=snapkv(budget=256)",
+    "cache=snapkv(budget=128)",
+    "cache=knorm(budget=256)",
+    "cache=streaming_llm(budget=256)",
+    "text=truncate(rate=0.5)",
+    "text=selective_context(rate=0.5)",
+    "text=embedding_sentences(rate=0.5)",
+    "decode=prompt_lookup()",
+    "cache=snapkv(budget=256) decode=prompt_lookup()",
+    "text=embedding_sentences(rate=0.7) cache=snapkv(budget=256) decode=prompt_lookup()",
+)
+"""For language models: each stage alone at useful budgets, then what combines them."""
+
+VISION = ("vision=tome(keep=0.7)", "vision=tome(keep=0.5)", "vision=tome(keep=0.35)", "vision=tome(keep=0.25)")
+"""For vision encoders: from careful to aggressive merging."""
+
+VISION_STAGES = {"vision"}
+
+
+def is_vision(plan: Plan) -> bool:
+    """True for plans that reduce what a vision encoder sees, and nothing else."""
+    return bool(plan) and set(plan.stages) <= VISION_STAGES
+
+
+def read_plans(values: Iterable[Plan | str | os.PathLike[str] | Mapping[str, Any]]) -> list[Plan]:
+    """Plans from plan texts, YAML files (one plan, or a list of plans) and Plan objects; duplicates are dropped.
+
+    The empty plan is left out: the unmodified model always takes part.
+    """
+    plans = [p for value in values for p in _read(value)]
+    found = list(dict.fromkeys(p for p in plans if p))
+    if not found:
+        raise ThriftError("no plan to compare: give at least one, such as --plans 'cache=snapkv(budget=512)'")
+    return found
+
+
+def _read(value: Any) -> list[Plan]:
+    if not (isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith((".yaml", ".yml")))):
+        return [Plan.of(value)]
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ThriftError(f"cannot read the plan file {os.fspath(value)}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ThriftError(f"{os.fspath(value)} is not valid YAML: {' '.join(str(error).split())}") from None
+    return [Plan.of(item) for item in data] if isinstance(data, list) else [Plan.of(data)]

@@ -1,0 +1,422 @@
+"""`bench`: measure every plan against the unmodified model in the same run, resume where an earlier run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..api import apply
+from ..core.errors import ThriftError, did_you_mean
+from ..core.plan import Plan
+from ..models.images import ImageProcessor
+from . import plans as plan_sets
+from .data import Data, default_data, load_data
+from .images import VisionBench
+from .language import LanguageBench, without_decode
+from .metrics import common_prefix
+from .store import Store
+from .summary import PlanResult, summarise_language, summarise_vision
+from .tasks import SUITES, Case, Suite, build_cases
+
+# What a method that does not fit a model or an input may raise. Not OSError, MemoryError or an interrupt: those end it.
+_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+
+LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
+
+
+@dataclass
+class Section:
+    """One model and the plans measured on it. ``kind`` is ``language`` or ``vision``."""
+
+    kind: str
+    model: str
+    results: list[PlanResult]
+    cases: list[Case] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
+    runner: Any = None
+
+    @property
+    def best(self) -> PlanResult:
+        """The recommended plan; the unmodified model if no plan qualifies."""
+        return next(r for r in self.results if r.recommended)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = {"kind": self.kind, "model": self.model, "recommended": self.best.name}
+        return {**data, "plans": [r.to_dict() for r in self.results]}
+
+
+@dataclass
+class BenchResult:
+    """What a run found, and where its files are: results.jsonl, plan.yaml and report.html in ``out``."""
+
+    out: Path
+    sections: list[Section]
+    suite: str
+    seed: int
+    max_quality_loss: float
+    source: str
+    machine: dict[str, str]
+    command: str
+    date: str
+    rows: list[dict[str, Any]]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan recommended for the first model."""
+        return Plan.parse(self.sections[0].best.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "suite": self.suite,
+            "seed": self.seed,
+            "max_quality_loss": self.max_quality_loss,
+            "data": self.source,
+            "machine": self.machine,
+            "command": self.command,
+            "out": str(self.out),
+            "sections": [s.to_dict() for s in self.sections],
+        }
+
+
+def bench(
+    model: Any = None,
+    data: Sequence[str | Path] | str | Path | None = None,
+    plans: Sequence[Plan | str | Mapping[str, Any]] | Plan | str | None = None,
+    suite: str | Suite = "quick",
+    out: str | Path = "tokenthrift-bench",
+    *,
+    processor: Any = None,
+    max_quality_loss: float = 0.02,
+    seed: int = 0,
+    repeats: int | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+) -> BenchResult:
+    """Compare plans with the unmodified model on this model and this data; say which one to use.
+
+    Args:
+        model: a pack, hub id, folder, or a loaded model with its ``processor`` (tokenizer); None measures the small
+            packs, a language model and a vision encoder.
+        data: the user's own files (see :func:`load_data`); None measures on text that comes with Python.
+        plans: plan texts, plan objects or YAML files; None compares the default set.
+        suite: ``quick`` (minutes on two CPU cores) or ``full``.
+        out: folder for results.jsonl, plan.yaml and report.html; a run that was interrupted goes on there.
+        max_quality_loss: how much quality the recommended plan may lose, see :class:`PlanResult`.
+        repeats: timed repeats; the suite's own number when None.
+        fresh: forget results that are already in ``out``.
+
+    Raises:
+        ThriftError: anything in the request that cannot be measured, before the first minute of compute where possible.
+    """
+    size = _suite(suite, repeats)
+    if not 0 <= max_quality_loss <= 1:
+        raise ThriftError(f"max quality loss {max_quality_loss} is outside 0 to 1; 0.02 allows 2 points of 100")
+    out = Path(out)
+    store = Store(out, fresh)
+    chosen = None if plans is None else plan_sets.read_plans(_listed(plans))
+    found = default_data() if data is None else load_data(_listed(data))
+
+    jobs = []
+    for name in [model] if model is not None else _default_models(chosen, found):
+        loaded, companion = _load(name, processor)
+        if isinstance(name, str) and isinstance(companion, ImageProcessor):  # the resolution the model is made for
+            companion = replace(companion, size=getattr(loaded.config, "image_size", companion.size))
+        kind = "language" if hasattr(loaded, "generate") and loaded.can_generate() else "vision"
+        label = name if isinstance(name, str) else getattr(loaded.config, "_name_or_path", "") or type(loaded).__name__
+        mine = chosen if chosen is not None else [Plan.parse(p) for p in getattr(plan_sets, kind.upper())]
+        if model is None:
+            mine = [p for p in mine if plan_sets.is_vision(p) == (kind == "vision")]
+        for plan in mine:  # unknown stages fail here, before any compute
+            apply(plan, loaded)
+        make = LanguageJob if kind == "language" else VisionJob
+        jobs.append(make(label, loaded, companion, mine, found, size, seed))
+    store.begin(
+        {
+            "seed": seed,
+            "suite": asdict(replace(size, repeats=0)),  # more repeats only add rows
+            "plans": [str(p) for job in jobs for p in job.plans],
+            "model": [job.identity() for job in jobs],
+            "data": _digest(part for job in jobs for part in job.data_parts()),
+            "machine": machine(),
+        }
+    )
+    with _progress(progress) as tick:
+        for job in jobs:
+            job.run(store, tick)
+    result = BenchResult(
+        out=out,
+        sections=[job.section(store, max_quality_loss) for job in jobs],
+        suite=size.name,
+        seed=seed,
+        max_quality_loss=max_quality_loss,
+        source=found.source,
+        machine=machine(),
+        command=command or _command(model, data, plans, size, out, max_quality_loss, seed, repeats),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        rows=list(store.rows.values()),
+    )
+    from .report import write_plans, write_report
+
+    write_plans(result)
+    write_report(result)
+    return result
+
+
+class Job:
+    """One model with its plans: knows what to measure, in which order, under which keys."""
+
+    kind = ""
+
+    def __init__(
+        self, label: str, model: Any, processor: Any, plans: list[Plan], data: Data, suite: Suite, seed: int
+    ) -> None:
+        self.label, self.model, self.plans, self.suite, self.seed = label, model, plans, suite, seed
+        self.everything = [Plan(), *plans]
+        self.prepare(processor, data)
+
+    def prepare(self, processor: Any, data: Data) -> None:
+        raise NotImplementedError
+
+    def steps(self) -> Iterator[tuple[str, Plan, Callable[[], dict[str, Any]], dict[str, Any]]]:
+        """``(key, plan, measure, facts)`` in the order of measurement."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """The model by its weights, not by its name: a folder's content may change."""
+        parts = (
+            f"{n}{tuple(p.shape)}{p.dtype}{p.detach().double().sum():.6e}" for n, p in self.model.named_parameters()
+        )
+        return f"{self.label} {_digest([*parts, str(self.model.device)])}"
+
+    def run(self, store: Store, tick: Callable[[str, int, int], None]) -> None:
+        """Measure what the store does not have yet. A plan that fails is noted and left out; the others go on."""
+        steps = list(self.steps())
+        failed = {row["plan"] for row in store.rows.values() if "error" in row and row["section"] == self.kind}
+        if any(key not in store for key, *_ in steps):
+            self.warm_up()
+        for done, (key, plan, measure, facts) in enumerate(steps):
+            tick(f"{self.label}: {plan or 'unmodified'}", done, len(steps))
+            if key in store or str(plan) in failed:
+                continue
+            row = {"key": key, "section": self.kind, "plan": str(plan), **facts}
+            try:
+                row |= measure()
+            except _FAILURES as error:
+                if not plan:  # without the unmodified model there is nothing to compare with
+                    raise ThriftError(f"{self.label} failed without any plan: {_line(error)}") from error
+                failed.add(str(plan))
+                row["error"] = _line(error)
+            store.add(row)
+        tick(self.label, len(steps), len(steps))
+
+    def warm_up(self) -> None:
+        raise NotImplementedError
+
+
+class LanguageJob(Job):
+    """A causal language model: quality once a case, speed in interleaved repeats."""
+
+    kind = "language"
+
+    def prepare(self, processor: Any, data: Data) -> None:
+        if not callable(getattr(processor, "apply_chat_template", None)) or not callable(processor):
+            raise ThriftError(f"{self.label} is a language model: pass its tokenizer as processor=")
+        if data.images and not (data.documents or data.prompts):
+            raise ThriftError(f"{self.label} reads text, not images: give text, Markdown or JSONL files")
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.cases = build_cases(data, processor, self.suite, self.seed, limit)
+        self.runner = LanguageBench(self.model, processor)
+        # The decode stage changes no distribution: plans that differ in it only share their quality rows.
+        self.measured = {plan: without_decode(plan) for plan in self.everything}
+
+    def data_parts(self) -> Iterator[str]:
+        return (str(case) for case in self.cases)
+
+    def warm_up(self) -> None:
+        case = Case("warm-up", "generation", "Warm up the kernels and load what a plan needs. " * 8, new_tokens=4)
+        for plan in self.everything:
+            with suppress(*_FAILURES):  # a plan that fails is noted when it is measured
+                self.runner.speed(plan, case)
+
+    def steps(self) -> Iterator[Any]:
+        timed = [c for c in self.cases if c.kind == "generation"]
+        for case in self.cases:
+            if case.kind != "generation":
+                for plan in dict.fromkeys(self.measured.values()):
+                    facts = {"kind": "quality", "case": case.id}
+                    key = f"language|quality|{plan}|{case.id}"
+                    yield key, plan, lambda p=plan, c=case: self.runner.quality(p, c), facts
+        for repeat in range(self.suite.repeats):
+            for number, case in enumerate(timed):
+                turn = (repeat * len(timed) + number) % len(self.everything)
+                for plan in self.everything[turn:] + self.everything[:turn]:  # no plan is always first
+                    facts = {"kind": "speed", "case": case.id, "repeat": repeat}
+                    key = f"language|speed|{plan}|{case.id}|{repeat}"
+                    yield key, plan, lambda p=plan, c=case, r=repeat: self.runner.speed(p, c, check=r == 0), facts
+
+    def section(self, store: Store, max_loss: float) -> Section:
+        rows = [r for r in store.rows.values() if r["section"] == "language"]
+        timed = [r for r in rows if "generated" in r]
+        plain = {(r["case"], r["repeat"]): r for r in timed if not r["plan"]}
+        for row in timed:
+            if (row["case"], row["repeat"]) in plain:
+                twin = plain[row["case"], row["repeat"]]
+                row["same_output"] = common_prefix(row["generated"], twin["generated"])
+        pairs = [(str(plan), str(self.measured[plan])) for plan in self.everything]
+        results = summarise_language(rows, pairs, self.seed, max_loss)
+        return Section("language", self.label, results, cases=self.cases, runner=self.runner)
+
+
+class VisionJob(Job):
+    """A vision encoder: features and time of every image, in interleaved repeats."""
+
+    kind = "vision"
+
+    def prepare(self, processor: Any, data: Data) -> None:
+        if processor is None:
+            raise ThriftError(f"{self.label} is a vision model: pass its image processor as processor=")
+        if not data.images:
+            raise ThriftError(f"{self.label} reads images: give --data files that end in .jpg, .png or .webp")
+        self.images = list(data.images)
+        self.runner = VisionBench(self.model, processor)
+
+    def data_parts(self) -> Iterator[str]:
+        return (hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images)
+
+    def warm_up(self) -> None:
+        self.runner.measure(Plan(), self.images[0])
+
+    def steps(self) -> Iterator[Any]:
+        for repeat in range(self.suite.repeats):
+            for number, path in enumerate(self.images):
+                turn = (repeat * len(self.images) + number) % len(self.everything)
+                for plan in self.everything[turn:] + self.everything[:turn]:
+                    facts = {"kind": "vision", "case": path.name, "repeat": repeat}
+                    key = f"vision|{plan}|{path.name}|{repeat}"
+                    yield key, plan, lambda p=plan, f=path: self.runner.measure(p, f), facts
+
+    def section(self, store: Store, max_loss: float) -> Section:
+        rows = [r for r in store.rows.values() if r["section"] == "vision"]
+        results = summarise_vision(rows, [str(p) for p in self.everything], self.seed, max_loss)
+        return Section("vision", self.label, results, images=self.images, runner=self.runner)
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _suite(suite: str | Suite, repeats: int | None) -> Suite:
+    if isinstance(suite, str):
+        if suite not in SUITES:
+            raise ThriftError(f"unknown suite '{suite}': {did_you_mean(suite, SUITES)}")
+        suite = SUITES[suite]
+    if repeats is not None and repeats < 1:
+        raise ThriftError(f"repeats must be at least 1, not {repeats}")
+    return suite if repeats is None else replace(suite, repeats=repeats)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _default_models(plans: list[Plan] | None, data: Data) -> list[str]:
+    """The small packs that the plans and the data concern."""
+    vision = bool(data.images) and (plans is None or any(map(plan_sets.is_vision, plans)))
+    language = bool(data.documents or data.prompts) and (plans is None or not all(map(plan_sets.is_vision, plans)))
+    if not (vision or language):
+        raise ThriftError("these plans and this data do not fit together: images need vision plans, text needs others")
+    return [LANGUAGE_MODEL] * language + [VISION_MODEL] * vision
+
+
+def _load(model: Any, processor: Any) -> tuple[Any, Any]:
+    from ..models.packs import load
+    from ..models.packs.loading import check_finite
+
+    if isinstance(model, str | os.PathLike):
+        return load(str(model))
+    check_finite(model, type(model).__name__)
+    return model.eval(), processor
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def machine() -> dict[str, str]:
+    """What the times were measured on."""
+    info = {
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenthrift": __version__,
+    }
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _command(
+    model: Any, data: Any, plans: Any, suite: Suite, out: Path, max_loss: float, seed: int, repeats: int | None
+) -> str:
+    """The command line that does the same as this call."""
+    import shlex
+
+    words = ["tokenthrift", "bench"]
+    if model is not None:
+        words += ["--model", model if isinstance(model, str) else type(model).__name__]
+    for flag, values in (("--data", data), ("--plans", plans)):
+        for value in [] if values is None else _listed(values):
+            words += [flag, str(value)]
+    words += ["--suite", suite.name, "--max-quality-loss", str(max_loss), "--seed", str(seed)]
+    if repeats is not None:
+        words += ["--repeats", str(repeats)]
+    return shlex.join([*words, "--out", str(out)])
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    times = (Elapsed(), Remaining())
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not show) as bar:
+
+        def tick(text: str, done: int, total: int) -> None:
+            if done == 0:
+                bar.add_task(text, total=total)
+            bar.update(bar.task_ids[-1], description=text[:56], completed=done)
+
+        yield tick
