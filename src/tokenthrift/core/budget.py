@@ -25,9 +25,12 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.count is None):
             raise ThriftError("a budget is either a ratio (a float in (0, 1]) or a count (an int of at least 1)")
+        for value in (self.ratio, self.count):
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ThriftError(f"{value!r} is not a budget; give a ratio such as 0.25 or a count such as 512")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ThriftError(f"keep ratio {self.ratio} is outside (0, 1]; 0.25 keeps a quarter of the tokens, 1.0 all")
-        if self.count is not None and self.count < 1:
+        if self.count is not None and not (isinstance(self.count, int) and self.count >= 1):
             raise ThriftError(f"budget {self.count} keeps nothing; give a count of at least 1, or a ratio in (0, 1]")
 
     @classmethod
@@ -35,8 +38,6 @@ class Budget:
         """From a float (ratio) or an int (count); budgets pass through."""
         if isinstance(value, Budget):
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ThriftError(f"{value!r} is not a budget; give a ratio such as 0.25 or a count such as 512")
         return cls(count=value) if isinstance(value, int) else cls(ratio=value)
 
     def tokens(self, n: int) -> int:
@@ -46,7 +47,8 @@ class Budget:
 
     def tokens_of(self, lengths: Tensor) -> Tensor:
         """The same for a batch of lengths: ``(batch,)`` int64 to ``(batch,)`` int64."""
-        return torch.tensor([self.tokens(int(n)) for n in lengths.flatten().tolist()]).reshape(lengths.shape)
+        kept = [self.tokens(int(n)) for n in lengths.flatten().tolist()]
+        return torch.tensor(kept, dtype=torch.int64, device=lengths.device).reshape(lengths.shape)
 
     def __str__(self) -> str:
         return str(self.ratio if self.ratio is not None else self.count)
@@ -55,25 +57,33 @@ class Budget:
 def share_out(total: int, weights: Sequence[float], caps: Sequence[int] | None = None, floor: int = 0) -> list[int]:
     """Split ``total`` into integers in proportion to ``weights``: exact sum, at least ``floor``, at most ``caps`` each.
 
-    Largest-remainder rounding. When the caps (or the floors) make the sum impossible, it comes as close as they allow.
+    Largest-remainder rounding of the proportional shares; what a floor or a cap takes or leaves is shared out among the
+    others. When the caps (or the floors) make the sum impossible, it comes as close as they allow.
     """
-    n = len(weights)
-    caps = [total] * n if caps is None else list(caps)
-    parts = [min(floor, cap) for cap in caps]
-    left = total - sum(parts)
-    while left > 0:
-        open_ = [i for i in range(n) if parts[i] < caps[i]]
-        mass = sum(weights[i] for i in open_)
-        if not open_:
+    if not all(0 <= w < math.inf for w in weights):
+        raise ThriftError("weights to share by must be finite and at least 0")
+    high = [total] * len(weights) if caps is None else list(caps)
+    low = [min(floor, cap) for cap in high]
+    ideal = [0.0] * len(weights)
+    free, left = list(range(len(weights))), total
+    while free:
+        mass = sum(weights[i] for i in free)
+        for i in free:
+            ideal[i] = left * (weights[i] / mass) if mass > 0 else left / len(free)
+        # Too much in all when clipped to the bounds: the floors hold for good. Too little: the caps do.
+        excess = sum(min(max(ideal[i], low[i]), high[i]) - ideal[i] for i in free)
+        bound = low if excess > 0 else high
+        held = {i for i in free if (ideal[i] < low[i] if excess > 0 else ideal[i] > high[i])}
+        if not held:
             break
-        ideal = {i: left * (weights[i] / mass if mass > 0 else 1 / len(open_)) for i in open_}
-        given = {i: min(int(ideal[i]), caps[i] - parts[i]) for i in open_}
-        if not any(given.values()):  # only remainders are left: one each, largest first
-            for i in sorted(open_, key=lambda i: -ideal[i])[:left]:
-                given[i] = 1
-        for i, more in given.items():
-            parts[i] += more
-            left -= more
+        for i in held:
+            ideal[i] = bound[i]
+            left -= bound[i]
+        free = [i for i in free if i not in held]
+    parts = [math.floor(x) for x in ideal]
+    by_remainder = sorted((i for i in range(len(parts)) if parts[i] < high[i]), key=lambda i: parts[i] - ideal[i])
+    for i in by_remainder[: max(total - sum(parts), 0)]:
+        parts[i] += 1
     return parts
 
 
@@ -102,15 +112,17 @@ class Schedule:
     @classmethod
     def pyramid(cls, beta: float) -> Schedule:
         """Falls linearly so that the last unit gets ``1/beta`` of the mean (PyramidKV, arXiv 2406.02069)."""
-        if beta < 1:
-            raise ThriftError(f"pyramid beta {beta} is below 1; 20 is the paper's value, 1 is a constant schedule")
+        if not 1 <= beta < math.inf:
+            raise ThriftError(
+                f"pyramid beta {beta} is outside [1, inf); 20 is the paper's value, 1 is a constant schedule"
+            )
         return cls(slope=1 / beta - 1)
 
     @classmethod
     def listed(cls, weights: Sequence[float]) -> Schedule:
         """Relative weights, one a unit; a shorter list is padded with zeros, as ToMe's schedules are."""
-        if any(w < 0 for w in weights) or not any(weights):
-            raise ThriftError("a listed schedule needs weights of at least 0, not all 0")
+        if not all(0 <= w < math.inf for w in weights) or not any(weights):
+            raise ThriftError("a listed schedule needs finite weights of at least 0, not all 0")
         return cls(weights=tuple(weights))
 
     def spread(self, mean: float, n: int, cap: int | None = None, floor: int = 0) -> list[int]:
@@ -125,9 +137,12 @@ class Schedule:
 
 
 def top_p_counts(scores: Tensor, p: float) -> Tensor:
-    """Smallest counts whose top scores hold a share ``p`` of the mass: ``(*, tokens)`` to ``(*)`` int64."""
+    """Smallest counts whose top scores hold a share ``p`` of the mass: ``(*, tokens)`` to ``(*)``; 1 keeps all."""
     if not 0 < p <= 1:
         raise ThriftError(f"top-p {p} is outside (0, 1]")
+    if p == 1:  # a long sum rounds, and would cut off the tail
+        return torch.full(scores.shape[:-1], scores.shape[-1], device=scores.device)
     ordered = scores.to(torch.float32).sort(dim=-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered  # mass ahead of each token
-    return (before < p * ordered.sum(-1, keepdim=True)).sum(-1).clamp(min=1)
+    mass = ordered.cumsum(-1)
+    enough = (mass < p * mass[..., -1:]).sum(-1) + 1
+    return enough.clamp(max=scores.shape[-1])

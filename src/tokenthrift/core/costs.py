@@ -36,6 +36,8 @@ class DecoderCosts:
     """Linear FLOPs per token, output head left out."""
     per_logit: int
     """FLOPs of the output head per position that gets logits."""
+    windows: tuple[int | None, ...] = ()
+    """Per layer, the last tokens that a query sees, itself included; None (or no entry) for all."""
 
     @classmethod
     def of(cls, model: Any) -> DecoderCosts:
@@ -51,17 +53,33 @@ class DecoderCosts:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             per_token=linear_flops(model) - head_flops,
             per_logit=head_flops,
+            windows=_windows(config),
         )
 
     def flops(self, queries: int, keys: int | list[int], logits: int | None = None) -> int:
         """One forward of ``queries`` new tokens per row that attend to ``keys`` entries (an int, or one per layer).
 
-        ``logits`` is the number of positions for which the head runs, all of them when None.
+        An int is the full length, the new tokens included: layers with a sliding window see less of it. ``logits`` is
+        the number of positions for which the head runs, all of them when None.
         """
-        per_layer = [keys] * self.layers if isinstance(keys, int) else keys
+        per_layer = [k + queries for k in self._cached(keys - queries)] if isinstance(keys, int) else keys
         attention = sum(attention_flops(queries, k, self.heads, self.head_dim) for k in per_layer)
         return queries * self.per_token + attention + (queries if logits is None else logits) * self.per_logit
 
     def kv_bytes(self, tokens: int, bytes_per_value: int, batch: int = 1) -> int:
-        """Bytes of a full cache of ``tokens`` entries."""
-        return kv_bytes(tokens, self.kv_heads, self.head_dim, bytes_per_value, self.layers, batch)
+        """Bytes of a full cache after ``tokens`` tokens; layers with a sliding window hold only the last of them."""
+        return kv_bytes(sum(self._cached(tokens)), self.kv_heads, self.head_dim, bytes_per_value, batch=batch)
+
+    def _cached(self, tokens: int) -> list[int]:
+        """Entries that each layer's cache holds after ``tokens`` tokens: a window's last place is the next query's."""
+        windows = self.windows or (None,) * self.layers
+        return [tokens if w is None else min(tokens, w - 1) for w in windows]
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """As ``DynamicCache`` reads a configuration."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    usual = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+    of_type = {"sliding_attention": window, "chunked_attention": chunk}
+    layers = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
+    return tuple(of_type.get(layer) for layer in layers)

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class ThriftError(ValueError):
     """A mistake in what the user asked for. The command line prints it as one line and exits with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # what it quotes may have line breaks
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A tail for error messages: the nearest known name, or all of them when there are few."""

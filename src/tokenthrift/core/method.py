@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field
@@ -67,6 +68,7 @@ class MethodInfo:
             if f.default_factory is not MISSING
             else ...
             for f in dataclasses.fields(self.cls)
+            if f.init
         }
 
     @property
@@ -86,10 +88,19 @@ class MethodInfo:
         return self.cls(**params)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for ``--json``."""
-        plain = {k: v for k, v in dataclasses.asdict(self).items() if k != "cls"}
-        defaults = {k: None if v is ... else v for k, v in self.defaults.items()}
-        return {**plain, "needs": list(self.needs), "defaults": defaults, "summary": self.summary}
+        """Plain data, for ``--json``; what JSON has no word for is text, as a plan would write it."""
+        plain = {k: v for k, v in vars(self).items() if k != "cls"}
+        defaults = {k: _plain(v) for k, v in self.defaults.items() if v is not ...}
+        required = [k for k in self.defaults if k not in defaults]
+        return {**plain, "needs": list(self.needs), "defaults": defaults, "required": required, "summary": self.summary}
+
+
+def _plain(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)
+    return value
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -109,6 +120,8 @@ def method(
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: {did_you_mean(stage, STAGES)}")
+    if not name.isidentifier():
+        raise ValueError(f"plans cannot call a method {name!r}: use letters, digits and underscores")
 
     def register(cls: T) -> T:
         made: Any = dataclass(frozen=True, kw_only=True)(cls)
@@ -135,7 +148,11 @@ def _discover() -> None:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
     for entry in entry_points(group="tokenthrift.methods"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ThriftError(f"the plugin '{entry.name}' ({entry.value}) cannot be imported: {said}") from error
 
 
 def methods(stage: str | None = None) -> list[MethodInfo]:

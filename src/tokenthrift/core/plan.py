@@ -32,7 +32,9 @@ class Step:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters that differ from the defaults."""
-        return {k: v for k, default in self.info.defaults.items() if (v := getattr(self.method, k)) != default}
+        # Compared as printed: 1 and 1.0 are different budgets, and nan equals nan.
+        values = ((k, getattr(self.method, k), default) for k, default in self.info.defaults.items())
+        return {k: v for k, v, default in values if repr(v) != repr(default)}
 
     def __str__(self) -> str:
         return f"{self.stage}={self.name}({', '.join(f'{k}={v!r}' for k, v in self.params.items())})"
@@ -46,6 +48,8 @@ class Plan:
     """
 
     def __init__(self, steps: tuple[Step, ...] | list[Step] = (), **stages: Any) -> None:
+        if not all(isinstance(step, Step) for step in steps):
+            raise ThriftError(f"cannot read {steps!r} as steps: use Plan.of(...) or Plan(stage=...)")
         self.steps: tuple[Step, ...] = (*steps, *_steps_of(stages))
 
     @classmethod
@@ -55,7 +59,7 @@ class Plan:
         The stage may be left out (``"snapkv(budget=512)"``): a method belongs to one.
         """
         text = text.strip()
-        if not text or text in ("none", "baseline"):
+        if text in ("", "{}", "none", "baseline"):
             return cls()
         if ":" in text and "=" not in text.split(":")[0]:
             return cls.from_yaml(text)
@@ -69,8 +73,8 @@ class Plan:
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ThriftError(f"the plan is not valid YAML: {' '.join(str(error).split())}") from None
-        return cls.of(data)
+            raise ThriftError(f"the plan is not valid YAML: {error}") from None
+        return cls.parse(data) if isinstance(data, str) else cls.of(data)
 
     @classmethod
     def of(cls, value: Plan | str | os.PathLike[str] | Mapping[str, Any] | None) -> Plan:
@@ -96,7 +100,8 @@ class Plan:
 
         data: dict[str, Any] = {}
         for step in self.steps:
-            data.setdefault(step.stage, []).append({step.name: step.params} if step.params else step.name)
+            call: Any = {step.name: step.params} if step.params else step.name
+            data.setdefault(step.stage, []).append(call if _is_yaml(step.params) else str(step).split("=", 1)[1])
         flat = {stage: calls[0] if len(calls) == 1 else calls for stage, calls in data.items()}
         return yaml.safe_dump(flat, sort_keys=False) if flat else "{}\n"
 
@@ -119,10 +124,15 @@ class Plan:
         return bool(self.steps)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self.steps == other.steps
+        return isinstance(other, Plan) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, ...]:
+        """What makes two plans equal: the same steps as printed, in the same order within each stage."""
+        return tuple(str(step) for stage in STAGES for step in self.steps if step.stage == stage)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.steps))
@@ -155,7 +165,7 @@ def _as_list(calls: Any) -> list[Any]:
 def _step(stage: str, call: Any) -> Step:
     if stage not in STAGES:
         raise ThriftError(f"unknown stage '{stage}': {did_you_mean(stage, STAGES)}")
-    if hasattr(type(call), "info"):
+    if isinstance(getattr(type(call), "info", None), MethodInfo):
         if call.info.stage != stage:
             raise ThriftError(f"{call.info.name} is a method of stage '{call.info.stage}', not '{stage}'")
         return Step(stage, call)
@@ -167,14 +177,15 @@ def _step(stage: str, call: Any) -> Step:
         raise ThriftError(f"cannot read {call!r} at stage '{stage}': write method(param=value)")
     if params is not None and not isinstance(params, Mapping):
         raise ThriftError(f"the parameters of {name} must be named: write {name}(param=value)")
-    return Step(stage, find(str(name), stage).make(**(params or {})))
+    return Step(stage, find(str(name), stage).make(**{str(k): v for k, v in (params or {}).items()}))
 
 
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """``snapkv(budget=512)`` or ``snapkv`` to a name and its parameters; bare words are strings."""
+    text = text.strip()
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # also null bytes, and brackets nested too deep
         raise ThriftError(f"cannot read '{text}': write method(param=value, ...)") from None
     if isinstance(node, ast.Name):
         return node.id, {}
@@ -182,29 +193,52 @@ def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
         raise ThriftError(f"cannot read '{text}': write method(param=value, ...)")
     if node.args or any(k.arg is None for k in node.keywords):
         raise ThriftError(f"the parameters of {node.func.id} must be named: write {node.func.id}(param=value)")
-    return node.func.id, {str(k.arg): _value(k.value, text) for k in node.keywords}
+    params = {str(k.arg): _value(k.value, text) for k in node.keywords}
+    if len(params) < len(node.keywords):
+        raise ThriftError(f"a parameter of {node.func.id} is given twice in '{text}'")
+    return node.func.id, params
 
 
 _WORDS = {"true": True, "false": False, "none": None, "nan": float("nan"), "inf": float("inf")}
 
 
 def _value(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Name):
-        return _WORDS.get(node.id, node.id)
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise ThriftError(
-            f"cannot read the value '{ast.unparse(node)}' in '{text}': use numbers, words or lists"
-        ) from None
+    """The value of a literal; nothing is ever evaluated."""
+    match node:
+        case ast.Name(id=word):
+            return _WORDS.get(word, word)
+        case ast.Constant(value=value) if isinstance(value, str | int | float | None):
+            return value
+        case ast.List(elts=items):
+            return [_value(item, text) for item in items]
+        case ast.Tuple(elts=items):
+            return tuple(_value(item, text) for item in items)
+        case ast.Dict(keys=keys, values=values) if all(isinstance(k, ast.Constant) for k in keys):
+            return {_value(k, text): _value(v, text) for k, v in zip(keys, values, strict=True) if k}
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant() | ast.Name() as operand):
+            value = _value(operand, text)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return -value
+    said = ast.get_source_segment(text, node)
+    raise ThriftError(f"cannot read the value '{said}' in '{text}': use numbers, words or lists")
+
+
+def _is_yaml(value: Any) -> bool:
+    """True for what YAML reads back as it was written; tuples, for one, it does not know."""
+    if type(value) is dict:
+        return all(type(k) is str and _is_yaml(v) for k, v in value.items())
+    if type(value) is list:
+        return all(map(_is_yaml, value))
+    return type(value) in (str, int, float, bool, type(None))
 
 
 def _split(text: str) -> list[str]:
     """Split at white space outside brackets and quotes."""
-    words, depth, quote, start = [], 0, "", None
+    words, depth, quote, start, escaped = [], 0, "", None, False
     for i, c in enumerate(text):
         if quote:
-            quote = "" if c == quote else quote
+            quote = "" if c == quote and not escaped else quote
+            escaped = c == "\\" and not escaped
         elif c in "'\"":
             quote = c
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from functools import reduce
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,8 +18,13 @@ from .tokenmap import TokenMap
 class Adapter(Protocol):
     """Where the stages are in one family of models: the only code that knows model classes."""
 
-    model: Any
-    stages: tuple[str, ...]
+    @property
+    def model(self) -> Any:
+        """The ``transformers`` model."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that this adapter can install."""
 
     def install(self, stage: str, methods: list[Any], session: Session, undo: ExitStack) -> None:
         """Attach the methods of a stage; register every change's exact reversal on ``undo`` before making it."""
@@ -54,7 +60,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        stages = {name: {**vars(r), "kept": r.kept} for name, r in self.stages.items()}
+        stages = {name: {**asdict(r), "kept": r.kept} for name, r in self.stages.items()}
         return {**vars(self), "stages": stages}
 
     def to_markdown(self) -> str:
@@ -176,12 +182,12 @@ class Session:
         return out
 
     def report(self) -> Report:
-        """Tokens, bytes, FLOPs and seconds so far."""
-        return Report(str(self.plan), self.forwards, self.flops, self.flops_dense, dict(self.records))
+        """Tokens, bytes, FLOPs and seconds so far; what comes later does not change it."""
+        return Report(str(self.plan), self.forwards, self.flops, self.flops_dense, deepcopy(self.records))
 
     def provenance(self) -> dict[str, TokenMap | dict[int, TokenMap]]:
         """Of the last forward, by stage: one map composed over the layers, or (cache) one map a layer."""
         chained: dict[str, TokenMap | dict[int, TokenMap]] = {
             stage: reduce(TokenMap.then, maps) for stage, maps in self._chains.items()
         }
-        return {**chained, **self._parallel}
+        return {**chained, **{stage: dict(maps) for stage, maps in self._parallel.items()}}

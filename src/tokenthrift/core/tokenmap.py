@@ -7,6 +7,7 @@ tokens, ``P`` the matrix of shares that says how much of a token's *mass* goes w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,15 @@ class TokenMap:
     share: Tensor | None = None
     anchor: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name, length in (
+            ("target", self.n_edges),
+            ("weight", self.n_edges),
+            ("share", self.n_edges),
+            ("anchor", self.n_out),
+        ):
+            _check_shape(name, getattr(self, name), (*self.lead, length))
+
     # ---- making one -------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -53,7 +63,9 @@ class TokenMap:
     def select(cls, index: Tensor, n_in: int) -> TokenMap:
         """Keep the tokens at ``index`` ``(*lead, n_out)``, in that order; an index of -1 is padding."""
         n_out = index.shape[-1]
-        slots = torch.arange(n_out, device=index.device).expand(index.shape)
+        if n_in == 0:
+            index = index[..., :0]  # there is no token that even a padding edge could start from
+        slots = torch.arange(index.shape[-1], device=index.device).expand(index.shape)
         real = index >= 0
         return cls(
             source=index.clamp(min=0),
@@ -86,14 +98,19 @@ class TokenMap:
         if n_out is None:
             n_out = int(group.max()) + 1 if group.numel() else 0
         mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
+        _check_shape("weight", mass, tuple(group.shape))
         real = group >= 0
-        mass = mass * real
-        total = mass.new_zeros(*group.shape[:-1], n_out + 1).scatter_add_(-1, torch.where(real, group, n_out), mass)
-        per_token = total.gather(-1, torch.where(real, group, n_out)).clamp(min=torch.finfo(torch.float32).tiny)
+        slot = torch.where(real, group, n_out)  # the dropped share a spare group
+
+        def of_group(mass: Tensor) -> Tensor:
+            return mass.new_zeros(*group.shape[:-1], n_out + 1).scatter_add_(-1, slot, mass).gather(-1, slot)
+
+        if weight is not None:
+            mass = torch.where(of_group(mass) > 0, mass, 1)  # a group without any mass: its plain mean
         return cls(
             source=torch.arange(group.shape[-1], device=group.device).expand(group.shape),
             target=group,
-            weight=mass / per_token,
+            weight=mass / of_group(mass) * real,
             n_in=group.shape[-1],
             n_out=n_out,
             anchor=anchor,
@@ -102,14 +119,16 @@ class TokenMap:
     @classmethod
     def transform(cls, share: Tensor, sizes: Tensor | None = None) -> TokenMap:
         """The general map of a dense share matrix ``P`` ``(*lead, n_out, n_in)``: ``W = diag(P s)^-1 P diag(s)``."""
-        mass = share if sizes is None else share * sizes.unsqueeze(-2)
-        dense = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
         *lead, n_out, n_in = share.shape
-        slot = torch.arange(n_out * n_in, device=share.device).expand(*lead, -1)
+        share = share.to(torch.float32)
+        _check_shape("sizes", sizes, (*lead, n_in))
+        mass = share if sizes is None else share * sizes.unsqueeze(-2)
+        dense = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        slot = torch.arange(n_out * n_in, device=share.device).expand(*lead, n_out * n_in)
         flat_share = share.flatten(-2)
         return cls(
-            source=slot % n_in,
-            target=torch.where(flat_share > 0, slot // n_in, -1),
+            source=slot % max(n_in, 1),
+            target=torch.where(flat_share > 0, slot // max(n_in, 1), -1),
             weight=dense.flatten(-2),
             n_in=n_in,
             n_out=n_out,
@@ -119,6 +138,8 @@ class TokenMap:
     @classmethod
     def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
         """Concatenate maps along the first leading dimension, padding to the longest (images of different counts)."""
+        if len({m.lead[1:] for m in maps}) != 1:
+            raise ValueError(f"maps to stack must agree in all leading dimensions but the first: {list(maps)}")
         edges, n_in, n_out = (max(getattr(m, f) for m in maps) for f in ("n_edges", "n_in", "n_out"))
         shared, anchored = any(m.share is not None for m in maps), any(m.anchor is not None for m in maps)
         return cls(
@@ -199,7 +220,12 @@ class TokenMap:
             return self.anchor
         if self.is_selection:
             return self.source
-        return self._dense(self.weight).argmax(-1)
+        # Over the edges, not the dense matrix; the first of equally heavy sources.
+        slot = torch.where(self.target >= 0, self.target, self.n_out)
+        heaviest = self.weight.new_zeros(*self.lead, self.n_out + 1).scatter_reduce_(-1, slot, self.weight, "amax")
+        source = torch.where(self.weight == heaviest.gather(-1, slot), self.source, self.n_in)
+        first = self.source.new_zeros(*self.lead, self.n_out + 1)
+        return first.scatter_reduce_(-1, slot, source, "amin", include_self=False)[..., : self.n_out]
 
     def dense(self) -> Tensor:
         """``W`` as ``(*lead, n_out, n_in)`` float32."""
@@ -213,7 +239,7 @@ class TokenMap:
             raise ValueError(f"this map takes {(*self.lead, self.n_in)} tokens, got features of shape {tuple(x.shape)}")
         if self.is_selection:
             picked = x.gather(-2, self.source.unsqueeze(-1).expand(*self.source.shape, x.shape[-1]))
-            return picked if bool(self.mask.all()) else picked * self.mask.unsqueeze(-1)
+            return picked if bool(self.mask.all()) else picked.masked_fill(~self.mask.unsqueeze(-1), 0)
         return self._spread(x, self.source, self.target, self.weight, self.n_in, self.n_out)
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
@@ -223,6 +249,9 @@ class TokenMap:
         ``W U = I``. ``pinv`` is the least-squares lift, for which ``W U = I`` also holds for many-to-many maps of full
         rank. Dropped inputs are zero, or the rows of ``fill`` ``(*lead, n_in, dim)``.
         """
+        if y.shape[:-1] != (*self.lead, self.n_out):
+            raise ValueError(f"this map gave {(*self.lead, self.n_out)} tokens, got features of shape {tuple(y.shape)}")
+        _check_shape("fill", fill, (*self.lead, self.n_in, y.shape[-1]))
         if lift == "pinv":
             out = (torch.linalg.pinv(self.dense()) @ y.to(torch.float32)).to(y.dtype)
         elif self.exclusive:
@@ -239,6 +268,7 @@ class TokenMap:
 
     def sizes(self, sizes: Tensor | None = None) -> Tensor:
         """``P s``: original tokens that each output stands for, ``(*lead, n_out)``; ``sizes`` are the inputs'."""
+        _check_shape("sizes", sizes, (*self.lead, self.n_in))
         given = self._share if sizes is None else self._share * sizes.gather(-1, self.source)
         return self._scatter(given, self.n_out)
 
@@ -249,8 +279,9 @@ class TokenMap:
         """
         if positions is None:
             positions = torch.arange(self.n_in, device=self.device).expand(*self.lead, self.n_in)
+        _check_shape("positions", positions, (*self.lead, self.n_in))
         if mode == "anchor":
-            return positions.gather(-1, self.anchors) * self.mask
+            return _take(positions, self.anchors, self.mask, 0)
         of_edge = positions.gather(-1, self.source)
         if mode == "mean":
             return self._scatter(of_edge * self.weight, self.n_out)
@@ -267,34 +298,32 @@ class TokenMap:
                 f"cannot compose: the first map gives {(*self.lead, self.n_out)} tokens, "
                 f"the second takes {(*after.lead, after.n_in)}"
             )
-        anchor = None
-        if self.anchor is not None or after.anchor is not None:
-            anchor = self.anchors.gather(-1, after.anchors)
-        if self.is_selection and after.is_selection:
-            real = (after.target >= 0) & self.mask.gather(-1, after.source)
-            return replace(
-                TokenMap.select(torch.where(real, self.source.gather(-1, after.source), -1), self.n_in), anchor=anchor
-            )
-        if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
-            mid = self.target.clamp(min=0)
-            group = torch.where(self.target >= 0, after.owner.gather(-1, mid), -1)
-            second = torch.zeros(*after.lead, after.n_in, device=self.device)
-            second = second.scatter_add_(-1, after.source, after.weight * (after.target >= 0))
-            return TokenMap(
-                source=self.source,
-                target=group,
-                weight=self.weight * second.gather(-1, mid) * (group >= 0),
-                n_in=self.n_in,
-                n_out=after.n_out,
-                anchor=anchor,
-            )
+        # Always the anchor's anchor, so that composing in any order gives the same.
+        anchor = _take(self.anchors, after.anchors, after.mask, 0)
+        if self.share is None and after.share is None:
+            if self.is_selection and after.is_selection:
+                index = _take(torch.where(self.mask, self.source, -1), after.source, after.mask, -1)
+                return replace(TokenMap.select(index, self.n_in), anchor=anchor)
+            if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
+                mid, real = self.target, self.target >= 0
+                second = torch.zeros(*after.lead, after.n_in, device=self.device)
+                second = second.scatter_add_(-1, after.source, after.weight * (after.target >= 0))
+                return TokenMap(
+                    source=self.source,
+                    target=_take(after.owner, mid, real, -1),
+                    weight=self.weight * _take(second, mid, real, 0),
+                    n_in=self.n_in,
+                    n_out=after.n_out,
+                    anchor=anchor,
+                )
         weight = after.dense() @ self.dense()
         share = after._dense(after._share) @ self._dense(self._share)
         return replace(TokenMap.transform(share), weight=weight.flatten(-2), anchor=anchor)
 
     def provenance(self) -> list[list[list[tuple[int, float]]]]:
         """For every batch row (leading dimensions flattened) and output: its ``(input token, weight)`` pairs."""
-        rows = (t.reshape(-1, self.n_edges).tolist() for t in (self.source, self.target, self.weight))
+        batch = math.prod(self.lead)
+        rows = (t.reshape(batch, self.n_edges).tolist() for t in (self.source, self.target, self.weight))
         out: list[list[list[tuple[int, float]]]] = []
         for sources, targets, weights in zip(*rows, strict=True):
             per_output: list[list[tuple[int, float]]] = [[] for _ in range(self.n_out)]
@@ -330,18 +359,29 @@ class TokenMap:
     def _spread(self, x: Tensor, source: Tensor, target: Tensor, weight: Tensor, n_in: int, n_out: int) -> Tensor:
         """Weighted sum of the rows ``source`` into the rows ``target``, over flattened leading dimensions."""
         dim = x.shape[-1]
-        rows = x.reshape(-1, n_in, dim)
-        source, target, weight = (t.reshape(rows.shape[0], -1) for t in (source, target, weight))
+        rows = x.reshape(math.prod(x.shape[:-2]), n_in, dim)
+        source, target, weight = (t.reshape(rows.shape[0], t.shape[-1]) for t in (source, target, weight))
         batch = torch.arange(rows.shape[0], device=x.device).unsqueeze(-1)
         real = target >= 0
         # Half precision sums are kept in float32: a merged token may average hundreds of others.
         total = torch.zeros(
             rows.shape[0] * n_out, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
         )
-        picked = rows.reshape(-1, dim).index_select(0, (batch * n_in + source)[real])
+        picked = rows.flatten(0, 1).index_select(0, (batch * n_in + source)[real])
         total.index_add_(0, (batch * n_out + target)[real], picked * weight[real].unsqueeze(-1).to(total.dtype))
         return total.to(x.dtype).reshape(*x.shape[:-2], n_out, dim)
 
 
 def _pad(t: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(t, (0, length - t.shape[-1]), value=value)
+
+
+def _take(values: Tensor, index: Tensor, real: Tensor, fill: int) -> Tensor:
+    """``values`` at ``index`` along the last dimension; ``fill`` where ``real`` is false, whatever the index there."""
+    n = values.shape[-1]
+    return _pad(values, n + 1, fill).gather(-1, torch.where(real, index, n))
+
+
+def _check_shape(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and t.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(t.shape)}")

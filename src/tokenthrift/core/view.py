@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .errors import ThriftError
+
 
 class View:
     """A bag of named parts. A part is a value, or a function of no arguments that is called once, on first use.
@@ -40,7 +42,9 @@ class View:
             self.offer(name, part)
 
     def offer(self, name: str, part: Any) -> None:
-        """Add a ready value, or a :class:`Lazy` part."""
+        """Add a ready value, or a :class:`Lazy` part; it takes the place of an earlier part of that name."""
+        self._makers.pop(name, None)
+        self._parts.pop(name, None)
         if isinstance(part, Lazy):
             self._makers[name] = part.make
         else:
@@ -50,7 +54,7 @@ class View:
         """Check that every part in ``needs`` exists (in this stage); returns the view itself."""
         missing = [n for n in needs if n not in self]
         if missing:
-            raise KeyError(
+            raise ThriftError(
                 f"this stage cannot offer {', '.join(map(repr, missing))}; it has: {', '.join(sorted(self))}"
             )
         return self
