@@ -6,13 +6,31 @@ import pytest
 import torch
 
 import tokenthrift as tt
+from cache_plans import EACH, plan
 from tokenthrift.models.cache_stage import cache_view
+from tokenthrift.ops.rotary import Rotary
 
 
-def view(n=20, heads=4, kv_heads=2, batch=1, seed=0, mask=None):
+def view(n=20, heads=4, kv_heads=2, batch=1, seed=0, mask=None, layer=0, layers=1):
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, h, n, 8, generator=g) for h in (heads, kv_heads, kv_heads))
-    return cache_view(q, k, v, mask, 8**-0.5, 0, 1)
+    return made_of(q, k, v, mask, layer=layer, layers=layers)
+
+
+def made_of(q, k, v, mask=None, start=0, layer=0, layers=1):
+    """A view of a layer that rotated channels ``i`` and ``i + 4`` together, from position ``start`` on."""
+    angle = torch.arange(start, start + k.shape[-2])[None, :, None] * 0.3 ** torch.arange(4).repeat(2)
+
+    def turn(x, cos, sin):
+        return x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], dim=-1) * sin[:, None]
+
+    return cache_view(q, k, v, mask, 8**-0.5, layer, layers, lambda: Rotary(angle.cos(), angle.sin(), turn))
+
+
+def left_padding(n, pads):
+    """The model's 4-D additive mask of a batch whose rows have so many padding tokens on their left."""
+    hidden = torch.arange(n) < torch.tensor(pads)[:, None]
+    return torch.zeros(len(pads), 1, 1, n).masked_fill(hidden[:, None, None], torch.finfo(torch.float32).min)
 
 
 def kept(plan, v):
@@ -25,8 +43,9 @@ def test_streaming_llm_keeps_sinks_and_the_newest():
 
 
 def test_streaming_llm_counts_sinks_from_the_first_real_token():
-    mask = torch.zeros(1, 1, 20, 20).masked_fill(torch.arange(20) < 6, torch.finfo(torch.float32).min)
-    assert kept("streaming_llm(budget=5, sinks=2)", view(mask=mask)).tolist() == [[[6, 7, 17, 18, 19]] * 2]
+    assert kept("streaming_llm(budget=5, sinks=2)", view(mask=left_padding(20, [6]))).tolist() == [
+        [[6, 7, 17, 18, 19]] * 2
+    ]
 
 
 def test_knorm_keeps_the_smallest_keys_of_each_head():
@@ -51,15 +70,44 @@ def test_snapkv_window_shrinks_under_a_small_ratio():
     assert kept("snapkv(budget=0.1, window=32)", view(n=50)).tolist() == [[[45, 46, 47, 48, 49]] * 2]
 
 
-@pytest.mark.parametrize("name", ["knorm", "snapkv", "streaming_llm"])
+@EACH
 def test_keeping_everything_is_the_identity(name):
     for budget in (1.0, 20, 5000):
-        options = ", window=2" if name == "snapkv" else ""
-        assert tt.Plan.parse(f"{name}(budget={budget}{options})").at("cache")[0].reduce(view()).is_identity
+        assert tt.Plan.parse(plan(name, budget)).at("cache")[0].reduce(view()).is_identity
+
+
+@EACH
+@pytest.mark.parametrize("budget", [12, 0.5])
+def test_as_many_as_asked_for_in_order_and_each_once(name, budget):
+    index = kept(plan(name, budget), view(n=24, batch=2, layer=1, layers=3))
+    assert index.shape == (2, 2, 12)
+    assert (index.diff(dim=-1) > 0).all()
+
+
+@EACH
+@pytest.mark.parametrize("pads", [(0, 9), (22, 3)])
+def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
+    """Padding is never kept, and a row does not notice that others are longer."""
+    full = view(n=40, batch=2)
+    parts = full.queries, full.keys, full.values
+    map = tt.Plan.parse(plan(name, 14)).at("cache")[0].reduce(made_of(*parts, mask=left_padding(40, pads)))
+    for row, pad in enumerate(pads):
+        alone = kept(plan(name, 14), made_of(*(p[row : row + 1, :, pad:] for p in parts), start=pad))
+        real = map.mask[row, 0]
+        assert torch.equal(map.source[row][:, real] - pad, alone[0])
+        assert int(real.sum()) == min(14, 40 - pad)
+
+
+@EACH
+def test_half_precision_is_scored_like_single(name):
+    v = view(n=32)
+    halved = made_of(*(t.bfloat16() for t in (v.queries, v.keys, v.values)))
+    exact = made_of(halved.queries.float(), halved.keys.float(), halved.values.float())
+    assert torch.equal(kept(plan(name, 12), halved), kept(plan(name, 12), exact))
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "wrong",
     [
         "knorm(budget=0)",
         "knorm(budget=1.5)",
@@ -72,7 +120,7 @@ def test_keeping_everything_is_the_identity(name):
         "knorm(budget=big)",
     ],
 )
-def test_impossible_parameters_are_refused_in_one_line(plan):
+def test_impossible_parameters_are_refused_in_one_line(wrong):
     with pytest.raises(tt.ThriftError) as error:
-        tt.Plan.parse(plan)
+        tt.Plan.parse(wrong)
     assert "\n" not in str(error.value)
