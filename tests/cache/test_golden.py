@@ -46,6 +46,7 @@ def llama():
         ("knorm", "knorm(budget={})"),
         ("streaming", "streaming_llm(budget={}, sinks=4)"),
         ("snapkv", "snapkv(budget={}, window=8, kernel=5)"),
+        ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
     ],
 )
 def test_kept_entries_equal_kvpress(llama, press, plan, removed):
@@ -82,6 +83,7 @@ def layer():
         ("snapkv_w16_k5", "snapkv(budget={}, window=16, kernel=5)"),
         ("knorm", "knorm(budget={})"),
         ("streaming_s4", "streaming_llm(budget={}, sinks=4)"),
+        ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
     ],
 )
 def test_layer_scores_equal_kvpress(layer, case, plan):
@@ -94,3 +96,13 @@ def test_layer_scores_equal_kvpress(layer, case, plan):
         ours = np.floor(ours) / 16 if case.startswith("lagkv") else ours
         free = score < score.max()  # the highest value marks what the press forces in
         np.testing.assert_allclose(ours[free], score[free], atol=1e-5)
+
+
+def test_pyramid_budgets_equal_kvpress():
+    table = np.load(GOLDEN / "kvpress_scores.npz")["pyramid_budgets"]
+    cases = {}
+    for n, ratio, window, beta, _, budget in table.tolist():
+        cases.setdefault((int(n), ratio, int(window), beta), []).append(int(budget))
+    for (n, ratio, window, beta), want in cases.items():
+        pyramid = method(f"pyramid_kv(budget={1 - ratio}, window={window}, beta={beta})")
+        assert pyramid.budgets(n, 4) == want, (n, ratio, window, beta)

@@ -70,6 +70,20 @@ def test_snapkv_window_shrinks_under_a_small_ratio():
     assert kept("snapkv(budget=0.1, window=32)", view(n=50)).tolist() == [[[45, 46, 47, 48, 49]] * 2]
 
 
+def test_pyramid_kv_keeps_the_total_and_equals_snapkv_in_its_middle():
+    counts = [
+        kept("pyramid_kv(budget=20, window=4, beta=5)", view(n=60, layer=i, layers=3)).shape[-1] for i in range(3)
+    ]
+    assert counts == [36, 20, 4]
+    v = view(n=60, layer=1, layers=3)
+    same = kept("snapkv(budget=20, window=4, kernel=3)", v)
+    assert torch.equal(kept("pyramid_kv(budget=20, window=4, kernel=3, beta=5)", v), same)
+
+
+def test_pyramid_kv_is_constant_where_the_last_layer_could_not_hold_the_window():
+    assert tt.Plan.parse("pyramid_kv(budget=100, window=8, beta=20)").at("cache")[0].budgets(1000, 4) == [100] * 4
+
+
 @EACH
 def test_keeping_everything_is_the_identity(name):
     for budget in (1.0, 20, 5000):
@@ -118,6 +132,9 @@ def test_half_precision_is_scored_like_single(name):
         "streaming_llm(budget=4, sinks=4)",
         "streaming_llm(sinks=-1)",
         "knorm(budget=big)",
+        "pyramid_kv(budget=8)",
+        "pyramid_kv(kernel=2)",
+        "pyramid_kv(beta=0.5)",
     ],
 )
 def test_impossible_parameters_are_refused_in_one_line(wrong):
