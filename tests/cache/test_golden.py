@@ -46,6 +46,7 @@ def llama():
         ("knorm", "knorm(budget={})"),
         ("streaming", "streaming_llm(budget={}, sinks=4)"),
         ("snapkv", "snapkv(budget={}, window=8, kernel=5)"),
+        ("tova", "tova(budget={})"),
         ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
     ],
 )
@@ -83,6 +84,7 @@ def layer():
         ("snapkv_w16_k5", "snapkv(budget={}, window=16, kernel=5)"),
         ("knorm", "knorm(budget={})"),
         ("streaming_s4", "streaming_llm(budget={}, sinks=4)"),
+        ("tova", "tova(budget={})"),
         ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
     ],
 )

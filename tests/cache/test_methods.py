@@ -70,6 +70,13 @@ def test_snapkv_window_shrinks_under_a_small_ratio():
     assert kept("snapkv(budget=0.1, window=32)", view(n=50)).tolist() == [[[45, 46, 47, 48, 49]] * 2]
 
 
+def test_tova_follows_the_last_query_with_one_choice_for_all_heads():
+    v = view()
+    mean = v.attention(1)[0, :, 0].mean(0)
+    mean[-1] = 1
+    assert kept("tova(budget=6)", v).tolist() == [[sorted(mean.topk(6).indices.tolist())] * 2]
+
+
 def test_pyramid_kv_keeps_the_total_and_equals_snapkv_in_its_middle():
     counts = [
         kept("pyramid_kv(budget=20, window=4, beta=5)", view(n=60, layer=i, layers=3)).shape[-1] for i in range(3)
@@ -132,6 +139,7 @@ def test_half_precision_is_scored_like_single(name):
         "streaming_llm(budget=4, sinks=4)",
         "streaming_llm(sinks=-1)",
         "knorm(budget=big)",
+        "tova(budget=0)",
         "pyramid_kv(budget=8)",
         "pyramid_kv(kernel=2)",
         "pyramid_kv(beta=0.5)",
