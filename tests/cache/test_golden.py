@@ -47,6 +47,7 @@ def llama():
         ("streaming", "streaming_llm(budget={}, sinks=4)"),
         ("snapkv", "snapkv(budget={}, window=8, kernel=5)"),
         ("tova", "tova(budget={})"),
+        ("keydiff", "keydiff(budget={})"),
         ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
     ],
 )
@@ -85,6 +86,7 @@ def layer():
         ("knorm", "knorm(budget={})"),
         ("streaming_s4", "streaming_llm(budget={}, sinks=4)"),
         ("tova", "tova(budget={})"),
+        ("keydiff", "keydiff(budget={})"),
         ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
     ],
 )

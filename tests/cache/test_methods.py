@@ -77,6 +77,13 @@ def test_tova_follows_the_last_query_with_one_choice_for_all_heads():
     assert kept("tova(budget=6)", v).tolist() == [[sorted(mean.topk(6).indices.tolist())] * 2]
 
 
+def test_keydiff_keeps_the_key_that_points_elsewhere():
+    v = view()
+    v.keys.abs_()
+    v.keys[0, 1, 7] *= -1
+    assert 7 in kept("keydiff(budget=1)", v)[0, 1].tolist()
+
+
 def test_pyramid_kv_keeps_the_total_and_equals_snapkv_in_its_middle():
     counts = [
         kept("pyramid_kv(budget=20, window=4, beta=5)", view(n=60, layer=i, layers=3)).shape[-1] for i in range(3)
@@ -140,6 +147,7 @@ def test_half_precision_is_scored_like_single(name):
         "streaming_llm(sinks=-1)",
         "knorm(budget=big)",
         "tova(budget=0)",
+        "keydiff(budget=-3)",
         "pyramid_kv(budget=8)",
         "pyramid_kv(kernel=2)",
         "pyramid_kv(beta=0.5)",
