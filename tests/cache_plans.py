@@ -9,6 +9,7 @@ import tokenthrift as tt
 _OPTIONS = {
     "snapkv": ", window=4",
     "pyramid_kv": ", window=4, beta=3",
+    "lagkv": ", sinks=2, lag=5",
 }
 METHODS = [info.name for info in tt.methods(stage="cache")]
 EACH = pytest.mark.parametrize("name", METHODS)

@@ -49,6 +49,7 @@ def llama():
         ("tova", "tova(budget={})"),
         ("keydiff", "keydiff(budget={})"),
         ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
+        ("lagkv", "lagkv(budget={}, sinks=4, lag=16)"),
     ],
 )
 def test_kept_entries_equal_kvpress(llama, press, plan, removed):
@@ -88,6 +89,7 @@ def layer():
         ("tova", "tova(budget={})"),
         ("keydiff", "keydiff(budget={})"),
         ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
+        ("lagkv_s4_l16", "lagkv(budget={}, sinks=4, lag=16)"),
     ],
 )
 def test_layer_scores_equal_kvpress(layer, case, plan):

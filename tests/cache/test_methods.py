@@ -84,6 +84,23 @@ def test_keydiff_keeps_the_key_that_points_elsewhere():
     assert 7 in kept("keydiff(budget=1)", v)[0, 1].tolist()
 
 
+def test_lagkv_shares_the_budget_between_partitions():
+    index = kept("lagkv(budget=18, sinks=2, lag=8)", view(n=2 + 4 * 8))[0]  # 2 sinks, 8 of the tail, 8 of 3 partitions
+    for head in index.tolist():
+        assert head[:2] == [0, 1] and head[-8:] == list(range(26, 34))
+        assert [sum(2 + 8 * i <= t < 10 + 8 * i for t in head) for i in range(3)] == [2, 3, 3]
+
+
+def test_lagkv_on_a_short_prompt_keeps_sinks_and_the_newest():
+    assert kept("lagkv(budget=6, sinks=2)", view()).tolist() == [[[0, 1, 16, 17, 18, 19]] * 2]
+
+
+def test_lagkv_survives_constant_values():
+    v = view(n=34)
+    v.values[:] = 1
+    assert kept("lagkv(budget=18, sinks=2, lag=8)", v).shape == (1, 2, 18)
+
+
 def test_pyramid_kv_keeps_the_total_and_equals_snapkv_in_its_middle():
     counts = [
         kept("pyramid_kv(budget=20, window=4, beta=5)", view(n=60, layer=i, layers=3)).shape[-1] for i in range(3)
@@ -151,6 +168,10 @@ def test_half_precision_is_scored_like_single(name):
         "pyramid_kv(budget=8)",
         "pyramid_kv(kernel=2)",
         "pyramid_kv(beta=0.5)",
+        "lagkv(budget=4)",
+        "lagkv(lag=1)",
+        "lagkv(sinks=-1)",
+        "lagkv(lag=2.5)",
     ],
 )
 def test_impossible_parameters_are_refused_in_one_line(wrong):
