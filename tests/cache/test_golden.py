@@ -50,6 +50,7 @@ def llama():
         ("keydiff", "keydiff(budget={})"),
         ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
         ("lagkv", "lagkv(budget={}, sinks=4, lag=16)"),
+        ("observed", "h2o(budget={}, recent=0, per_query=True)"),
     ],
 )
 def test_kept_entries_equal_kvpress(llama, press, plan, removed):
@@ -90,6 +91,7 @@ def layer():
         ("keydiff", "keydiff(budget={})"),
         ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
         ("lagkv_s4_l16", "lagkv(budget={}, sinks=4, lag=16)"),
+        ("h2o_observed", "h2o(budget={}, recent=0, per_query=True)"),
     ],
 )
 def test_layer_scores_equal_kvpress(layer, case, plan):
@@ -112,3 +114,16 @@ def test_pyramid_budgets_equal_kvpress():
     for (n, ratio, window, beta), want in cases.items():
         pyramid = method(f"pyramid_kv(budget={1 - ratio}, window={window}, beta={beta})")
         assert pyramid.budgets(n, 4) == want, (n, ratio, window, beta)
+
+
+def test_h2o_keeps_what_the_authors_code_keeps():
+    """FMInference/H2O after a prefill of 24 tokens, 6 heavy hitters and the last 10."""
+    data = np.load(GOLDEN / "h2o_layerwise.npz")
+    n = int(data["prefill"])
+    queries, keys, values = (torch.tensor(data[k])[:, :, :n] for k in ("queries", "keys", "values"))
+    view = cache_view(queries, keys, values, None, keys.shape[-1] ** -0.5, 0, 1)
+    h2o = method(f"h2o(budget=16, recent={10 / 16})")
+    map = h2o.reduce(view)
+    np.testing.assert_array_equal(map.apply(keys).numpy(), data["keys_after_prefill"])
+    score = h2o.score(view).gather(-1, map.source)[0]
+    np.testing.assert_allclose(score.numpy(), data["score_after_prefill"], atol=1e-5)

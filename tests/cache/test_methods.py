@@ -84,6 +84,23 @@ def test_keydiff_keeps_the_key_that_points_elsewhere():
     assert 7 in kept("keydiff(budget=1)", v)[0, 1].tolist()
 
 
+def test_h2o_keeps_the_newest_and_the_most_attended():
+    v = view()
+    v.keys[:, :, 3] = 0
+    v.queries[:] = v.queries.abs()
+    v.keys[:, :, 3] += 3  # every query likes it
+    assert kept("h2o(budget=4, recent=0.75)", v).tolist() == [[[3, 17, 18, 19]] * 2]
+    assert kept("h2o(budget=4, recent=1)", v).tolist() == [[[16, 17, 18, 19]] * 2]
+
+
+def test_h2o_per_query_lets_a_late_token_win():
+    v = view(heads=2)
+    v.queries[:], v.keys[:] = 1, 0
+    v.keys[:, :, 15] = 4  # five queries give it nearly all they have; fifteen give token 0 about a fifth on average
+    assert kept("h2o(budget=2, recent=0)", v).tolist() == [[[0, 15]] * 2]
+    assert kept("h2o(budget=1, recent=0, per_query=True)", v).tolist() == [[[15]] * 2]
+
+
 def test_lagkv_shares_the_budget_between_partitions():
     index = kept("lagkv(budget=18, sinks=2, lag=8)", view(n=2 + 4 * 8))[0]  # 2 sinks, 8 of the tail, 8 of 3 partitions
     for head in index.tolist():
@@ -171,6 +188,11 @@ def test_half_precision_is_scored_like_single(name):
         "lagkv(budget=4)",
         "lagkv(lag=1)",
         "lagkv(sinks=-1)",
+        "h2o(recent=1.5)",
+        "h2o(recent=nan)",
+        "h2o(budget=2.0)",
+        "h2o(recent=most)",
+        "h2o(per_query=3)",
         "lagkv(lag=2.5)",
     ],
 )
