@@ -10,6 +10,7 @@ _OPTIONS = {
     "snapkv": ", window=4",
     "pyramid_kv": ", window=4, beta=3",
     "lagkv": ", sinks=2, lag=5",
+    "expected_attention": ", sinks=2, future=16",
 }
 METHODS = [info.name for info in tt.methods(stage="cache")]
 EACH = pytest.mark.parametrize("name", METHODS)

@@ -51,6 +51,7 @@ def llama():
         ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
         ("lagkv", "lagkv(budget={}, sinks=4, lag=16)"),
         ("observed", "h2o(budget={}, recent=0, per_query=True)"),
+        ("expected", "expected_attention(budget={}, sinks=4, future=32)"),
     ],
 )
 def test_kept_entries_equal_kvpress(llama, press, plan, removed):
@@ -92,6 +93,10 @@ def layer():
         ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
         ("lagkv_s4_l16", "lagkv(budget={}, sinks=4, lag=16)"),
         ("h2o_observed", "h2o(budget={}, recent=0, per_query=True)"),
+        ("expected_default", "expected_attention(budget={}, sinks=4, future=64)"),
+        ("expected_nocov", "expected_attention(budget={}, future=64, covariance=False)"),
+        ("expected_novnorm_eps", "expected_attention(budget={}, future=64, value_norm=False)"),
+        ("expected_eps1e-2", "expected_attention(budget={}, future=64, epsilon=0.01)"),
     ],
 )
 def test_layer_scores_equal_kvpress(layer, case, plan):

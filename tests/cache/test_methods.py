@@ -132,6 +132,23 @@ def test_pyramid_kv_is_constant_where_the_last_layer_could_not_hold_the_window()
     assert tt.Plan.parse("pyramid_kv(budget=100, window=8, beta=20)").at("cache")[0].budgets(1000, 4) == [100] * 4
 
 
+def test_expected_attention_is_the_mean_over_drawn_queries():
+    """The closed form against exp(q·k) of Gaussian queries, rotated to the next position."""
+    v = view(n=30, heads=2, kv_heads=2)
+    method = tt.Plan.parse("expected_attention(budget=9, sinks=0, future=1, value_norm=False)").at("cache")[0]
+    plain = v.rotary.undo(v.queries)[0, 0].double()
+    covariance = torch.cov(plain.T, correction=0)
+    torch.manual_seed(0)
+    drawn = torch.distributions.MultivariateNormal(plain.mean(0), covariance).sample((200_000,))
+    turned = v.rotary.ahead(1, v.mask).apply(drawn.float()[None, None])[0, 0]
+    want = (turned @ v.keys[0, 0].T * v.scaling).exp().mean(0)
+    torch.testing.assert_close(method.score(v)[0, 0], want / want.sum(), rtol=0.05, atol=1e-3)
+
+
+def test_expected_attention_keeps_its_sinks():
+    assert kept("expected_attention(budget=6, sinks=4, future=8)", view())[..., :4].tolist() == [[[0, 1, 2, 3]] * 2]
+
+
 @EACH
 def test_keeping_everything_is_the_identity(name):
     for budget in (1.0, 20, 5000):
@@ -194,6 +211,9 @@ def test_half_precision_is_scored_like_single(name):
         "h2o(recent=most)",
         "h2o(per_query=3)",
         "lagkv(lag=2.5)",
+        "expected_attention(sinks=512)",
+        "expected_attention(future=0)",
+        "expected_attention(epsilon=-1)",
     ],
 )
 def test_impossible_parameters_are_refused_in_one_line(wrong):
