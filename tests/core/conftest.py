@@ -48,7 +48,7 @@ def make_toys() -> None:
         rate: Any = 0.5
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def toys():
     """The toy methods by name; nothing else is registered while the fixture lives."""
     with pytest.MonkeyPatch.context() as patch:

@@ -437,7 +437,20 @@ def test_positions_of_a_composition_are_chained_positions(chain, data):
     if not b.kept[~a.mask].any():
         assert torch.equal(composed.positions("first", start), b.positions("first", a.positions("first", start)))
     if only_real_anchors(chain):
-        assert torch.equal(composed.positions("anchor", start), b.positions("anchor", a.positions("anchor", start)))
+        chained = b.positions("anchor", a.positions("anchor", start))
+        assert torch.equal(composed.positions("anchor", start), chained * composed.mask)
+
+
+def test_the_anchor_of_a_composition_is_the_anchors_anchor():
+    first = TokenMap.merge(torch.tensor([[0, 0, 1, 1]]), anchor=torch.tensor([[1, 2]]))
+    assert first.then(TokenMap.merge(torch.tensor([[0, 0]]), anchor=torch.tensor([[1]]))).anchors.tolist() == [[2]]
+    assert first.then(TokenMap.select(torch.tensor([[1, 0]]), 2)).anchors.tolist() == [[2, 1]]
+    assert first.then(TokenMap.transform(torch.tensor([[[0.1, 0.9]]]))).anchors.tolist() == [[2]]
+    # Also where none is given: group 0 outweighs group 1, though the single token of group 1 outweighs each of its own.
+    thirds = TokenMap.merge(torch.tensor([[0, 0, 0, 1]]))
+    assert thirds.then(TokenMap.merge(torch.tensor([[0, 0]]), weight=torch.tensor([[2.0, 1]]))).anchors.tolist() == [
+        [0]
+    ]
 
 
 @given(any_map())

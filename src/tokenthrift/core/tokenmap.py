@@ -182,6 +182,14 @@ class TokenMap:
         return hits.scatter_add_(-1, self.source, (self.target >= 0).to(hits.dtype)) > 0
 
     @cached_property
+    def _drops(self) -> bool:
+        return not bool(self.kept.all())
+
+    @cached_property
+    def _pads(self) -> bool:
+        return not bool(self.mask.all())
+
+    @cached_property
     def exclusive(self) -> bool:
         """True for pruning and merging: every input feeds at most one output."""
         fan_out = torch.zeros(*self.lead, self.n_in, device=self.device)
@@ -202,6 +210,20 @@ class TokenMap:
         return (
             self.n_in == self.n_out and self.is_selection and bool(((self.source == slots) & (self.target >= 0)).all())
         )
+
+    @cached_property
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`apply` needs: each output's first edge ``(*lead, n_out)``, and flat indices of all further ones.
+
+        Padding outputs have some edge or other.
+        """
+        real = self.target >= 0
+        edge = torch.arange(self.n_edges, device=self.device).expand(self.target.shape)
+        slot = torch.where(real, self.target, self.n_out)
+        first = torch.zeros(*self.lead, self.n_out + 1, dtype=torch.int64, device=self.device)
+        first = first.scatter_reduce_(-1, slot, edge, "amin", include_self=False)
+        rest = (real & (first.gather(-1, slot) != edge)).flatten().nonzero().squeeze(-1)
+        return first[..., : self.n_out], rest
 
     @cached_property
     def owner(self) -> Tensor:
@@ -238,9 +260,25 @@ class TokenMap:
         if x.shape[:-1] != (*self.lead, self.n_in):
             raise ValueError(f"this map takes {(*self.lead, self.n_in)} tokens, got features of shape {tuple(x.shape)}")
         if self.is_selection:
-            picked = x.gather(-2, self.source.unsqueeze(-1).expand(*self.source.shape, x.shape[-1]))
-            return picked if bool(self.mask.all()) else picked.masked_fill(~self.mask.unsqueeze(-1), 0)
-        return self._spread(x, self.source, self.target, self.weight, self.n_in, self.n_out)
+            out = _rows(x, self.source)
+            return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self._pads else out
+        if not self.n_edges:
+            return x.new_zeros(*self.lead, self.n_out, x.shape[-1])
+        if self.n_edges > 4 * (self.n_in + self.n_out):  # many-to-many: a matrix product beats a sum over edges
+            return (self.dense() @ x.to(torch.float32)).to(x.dtype)
+        # Nearly every output of a merge has one source: gather those rows, then add the few further ones.
+        # Half precision sums are kept in float32: a merged token may average hundreds of others.
+        first, rest = self._edges
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = _rows(x, self.source.gather(-1, first)).to(wide).mul_(self.weight.gather(-1, first).unsqueeze(-1))
+        if self._pads:
+            out = out.masked_fill(~self.mask.unsqueeze(-1), 0)
+        if rest.numel():
+            row = rest // self.n_edges  # of the flattened leading dimensions
+            more = x.flatten(0, -2).index_select(0, row * self.n_in + self.source.reshape(-1)[rest])
+            more = more.to(wide) * self.weight.reshape(-1, 1)[rest]
+            out.flatten(0, -2).index_add_(0, row * self.n_out + self.target.reshape(-1)[rest], more)
+        return out.to(x.dtype)
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
         """Back to the input tokens: ``(*lead, n_out, dim)`` to ``(*lead, n_in, dim)``.
@@ -255,15 +293,16 @@ class TokenMap:
         if lift == "pinv":
             out = (torch.linalg.pinv(self.dense()) @ y.to(torch.float32)).to(y.dtype)
         elif self.exclusive:
-            padded = torch.cat([y, y.new_zeros(*y.shape[:-2], 1, y.shape[-1])], dim=-2)  # last row: the dropped
-            slot = torch.where(self.owner >= 0, self.owner, self.n_out)
-            out = padded.gather(-2, slot.unsqueeze(-1).expand(*slot.shape, y.shape[-1]))
+            out = _rows(y, self.owner.clamp(min=0))
+            if self._drops:
+                out = out.masked_fill(~self.kept.unsqueeze(-1), 0)
         else:
             given = self._share * (self.target >= 0)
             total = torch.zeros(*self.lead, self.n_in, device=self.device).scatter_add_(-1, self.source, given)
             weight = given / total.gather(-1, self.source).clamp(min=torch.finfo(torch.float32).tiny)
             target = torch.where(self.target >= 0, self.source, -1)
-            out = self._spread(y, self.target.clamp(min=0), target, weight, self.n_out, self.n_in)
+            back = TokenMap(self.target.clamp(min=0), target, weight, n_in=self.n_out, n_out=self.n_in)
+            out = back.apply(y)
         return out if fill is None else torch.where(self.kept.unsqueeze(-1), out, fill)
 
     def sizes(self, sizes: Tensor | None = None) -> Tensor:
@@ -356,20 +395,15 @@ class TokenMap:
         out.scatter_add_(-1, slot, values.to(out.dtype))
         return out[..., :-1].reshape(*self.lead, self.n_out, self.n_in)
 
-    def _spread(self, x: Tensor, source: Tensor, target: Tensor, weight: Tensor, n_in: int, n_out: int) -> Tensor:
-        """Weighted sum of the rows ``source`` into the rows ``target``, over flattened leading dimensions."""
-        dim = x.shape[-1]
-        rows = x.reshape(math.prod(x.shape[:-2]), n_in, dim)
-        source, target, weight = (t.reshape(rows.shape[0], t.shape[-1]) for t in (source, target, weight))
-        batch = torch.arange(rows.shape[0], device=x.device).unsqueeze(-1)
-        real = target >= 0
-        # Half precision sums are kept in float32: a merged token may average hundreds of others.
-        total = torch.zeros(
-            rows.shape[0] * n_out, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-        )
-        picked = rows.flatten(0, 1).index_select(0, (batch * n_in + source)[real])
-        total.index_add_(0, (batch * n_out + target)[real], picked * weight[real].unsqueeze(-1).to(total.dtype))
-        return total.to(x.dtype).reshape(*x.shape[:-2], n_out, dim)
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` ``(*lead, n, dim)`` at ``index`` ``(*lead, m)``, several times faster than ``x.gather``."""
+    *lead, n, dim = x.shape
+    if not n:  # nothing to pick from: all indices stand for dropped tokens
+        return x.new_zeros(*index.shape, dim)
+    batch = math.prod(lead)
+    start = n * torch.arange(batch, device=x.device).view(*lead, 1)  # of each row in the flattened features
+    return x.reshape(batch * n, dim).index_select(0, (index + start).flatten()).view(*index.shape, dim)
 
 
 def _pad(t: Tensor, length: int, value: int) -> Tensor:

@@ -29,7 +29,8 @@ class View:
     ``protected``    all                                ``(batch, tokens)`` bool, tokens that must survive
     ``positions``    all                                ``(batch, tokens)`` int64
     ``sizes``        vision                             ``(batch, tokens)``, original tokens in each token
-    ``grid``         vision connector                   ``(t, h, w)`` of the patch tokens
+    ``grid``         vision connector                   ``(t, h, w)`` of the patch tokens, before any reduction
+    ``prefix``       vision                             number of leading tokens that are no patches (CLS, registers)
     ``layer``        vision cache prefill               index of the layer; ``layers`` their number
     ``text``         text                               the prompt; ``question`` what will be asked, or None
     ``scorer``       text                               a causal language model for self-information

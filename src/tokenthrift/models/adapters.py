@@ -1,4 +1,4 @@
-"""Which adapter fits a model. An adapter says where the stages are in a family of models."""
+"""Which adapter fits a model. An adapter says where the stages are in a family; see ``core.session.Adapter``."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def adapter_for(model: Any) -> Adapter:
             return adapter(model)
     raise ThriftError(
         f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention "
-        "dispatches through transformers' AttentionInterface, and DINOv2-type vision encoders"
+        "dispatches through transformers' AttentionInterface, and DINOv2, ViT, CLIP and SigLIP vision encoders"
     )

@@ -1,0 +1,54 @@
+"""Truncation: keep the start, the end, or both. The baseline that every prompt compressor has to beat."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+
+from ..core.budget import Budget
+from ..core.errors import ThriftError, did_you_mean
+from ..core.method import method
+from ..core.tokenmap import TokenMap
+from ..core.view import View
+from ..ops.tokens import token_spans
+from .spans import spans_to_map, words
+
+
+@method("truncate", stage="text", paper="baseline: plain truncation", needs=("text", "tokenizer"))
+class Truncate:
+    """Keeps the first tokens of a text, the last, or both ends.
+
+    The cut lies at a token boundary of the user's tokenizer and never inside a word, so up to a word less than the
+    budget is kept. Only where not even one word fits (a line of base64, say) is that word cut, between two tokens.
+
+    Attributes:
+        rate: share of the tokens to keep, in (0, 1]; an int is a number of tokens.
+        where: what is KEPT. ``head`` keeps the start and drops the end; ``tail`` keeps the end and drops the start;
+            ``middle`` truncates in the middle: it keeps half the budget at the start and half at the end, as LongBench
+            (arXiv 2308.14508) does with prompts that are too long.
+    """
+
+    rate: float = 0.5
+    where: str = "head"
+
+    def __post_init__(self) -> None:
+        Budget.of(self.rate)
+        if self.where not in (known := ("head", "tail", "middle")):
+            raise ThriftError(f"truncate has no where='{self.where}': {did_you_mean(str(self.where), known)}")
+
+    def reduce(self, view: View) -> TokenMap:
+        text = view.text
+        tokens = token_spans(view.tokenizer, text)
+        target = Budget.of(self.rate).tokens(len(tokens))
+        if target == len(tokens):
+            return spans_to_map([(0, len(text))], len(text))
+
+        at_end = {"head": 0, "tail": target, "middle": target // 2}[self.where]
+        at_start = target - at_end
+        first_dropped, last_dropped = tokens[at_start][0], tokens[len(tokens) - at_end - 1][1]
+
+        edges = [0, *(end for _, end in words(text))]  # of words
+        head = edges[bisect_right(edges, first_dropped) - 1]
+        tail = edges[bisect_left(edges, last_dropped)]
+        if head == 0 and tail == len(text):
+            head, tail = first_dropped, last_dropped
+        return spans_to_map([(0, head), (tail, len(text))], len(text))

@@ -1,0 +1,67 @@
+"""A byte-level tokenizer trained in memory, a random language model for it, and a hashing embedder."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokenthrift.models.scoring import Scorer
+
+PROSE = """Mr. Hale moved to Lisbon in 1998. He did not like the heat, but he stayed for eleven years!
+The rent was $412.50 a month; his sister Ana paid half of it. "Was it worth it?" she asked him once.
+
+Nobody remembers the answer. The house at 14 Rua Nova was sold for 310,000 euros in 2011 (see https://example.org/a?b=1).
+- The keys are with the porter.
+- The password of the safe is blue-heron-77.
+"""
+
+
+@cache
+def tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([PROSE] * 4, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>"} if special else {}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+
+
+@cache
+def language_model(positions: int = 64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@cache
+def scorer() -> Scorer:
+    return Scorer(language_model(), tokenizer())
+
+
+class HashingEmbedder:
+    """Bag of words: enough to tell which sentence shares words with a question."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        rows = torch.zeros(len(texts), 256)
+        for row, text in zip(rows, texts, strict=True):
+            for word in re.findall(r"\w+", text.lower()):
+                row[zlib.crc32(word.encode()) % 256] += 1
+        return torch.nn.functional.normalize(rows, dim=-1)

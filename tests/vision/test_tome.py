@@ -1,0 +1,107 @@
+"""ToMe as a method: its parameters, its schedules and what it decides. That models obey is tested in tests/models."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenthrift import Plan, ThriftError, View
+from tokenthrift.core.view import Lazy
+from tokenthrift.vision.tome import ToMe, parse_r
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tome_parse_r.npz"
+
+
+@pytest.mark.parametrize(
+    ("case", "layers", "r"),
+    [
+        ("case0", 12, 8),
+        ("case1", 12, (8, -1.0)),
+        ("case2", 24, (7, 0.5)),
+        ("case3", 12, [4, 4, 2]),
+        ("case4", 12, (16, -1.0)),
+    ],
+)
+def test_schedules_are_the_official_ones(case, layers, r):
+    assert parse_r(r, layers) == np.load(GOLDEN)[case].tolist()
+
+
+def test_a_ramp_over_one_layer_and_a_list_that_is_too_long():
+    assert parse_r((8, -1.0), 1) == [16]
+    assert parse_r([3, 2, 1], 2) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "r", [-1, 2.5, True, "8", (8,), (8, 2.0), (8, -1.5), (-8, 0.5), [4, -1], [4.0, 2, 1], (4, 4, 2)]
+)
+def test_bad_r_is_refused_with_what_to_write(r):
+    with pytest.raises(ThriftError, match=r"write r=8"):
+        ToMe(r=r)
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.5, float("nan"), True, "half", None])
+def test_bad_keep_is_refused(keep):
+    with pytest.raises(ThriftError, match=r"not a share in \(0, 1\]"):
+        ToMe(keep=keep)
+
+
+def test_keep_and_r_together_are_refused():
+    with pytest.raises(ThriftError, match="not both"):
+        ToMe(keep=0.25, r=8)
+
+
+@pytest.mark.parametrize("call", ["tome()", "tome(r=8)", "tome(r=(8, -1.0))", "tome(r=[8, -1.0])", "tome(r=[4, 2])"])
+def test_plans_with_tome_print_back_the_same(call):
+    plan = Plan.parse(f"vision={call}")
+    assert Plan.parse(str(plan)) == plan == Plan.from_yaml(plan.to_yaml())
+
+
+def view(tokens, layer=0, layers=4, grid=(1, 4, 4), prefix=1, **more):
+    def forbidden():
+        raise AssertionError("a layer without reduction must compute nothing")
+
+    parts = {"keys": Lazy(forbidden), "sizes": Lazy(forbidden), "protected": Lazy(forbidden)} | more
+    features = torch.zeros(2, tokens, 8)
+    return View(features=features, layer=layer, layers=layers, grid=grid, prefix=prefix, **parts)
+
+
+@pytest.mark.parametrize(("method", "layer"), [(ToMe(r=0), 0), (ToMe(keep=1.0), 3), (ToMe(r=[4]), 1)])
+def test_a_layer_without_reduction_computes_nothing(method, layer):
+    assert method.reduce(view(17, layer)) is None
+
+
+def seen(tokens, prefix=1):
+    protected = (torch.arange(tokens) < prefix).expand(2, tokens)
+    return {"keys": torch.randn(2, 3, tokens, 4), "sizes": torch.ones(2, tokens), "protected": protected}
+
+
+@settings(deadline=None)
+@given(
+    side=st.integers(2, 7), prefix=st.integers(0, 5), layers=st.integers(4, 12), keep=st.floats(0.2, 1.0)
+)  # 0.2 needs three halvings
+def test_keep_is_met_exactly_after_the_last_layer(side, prefix, layers, keep):
+    tokens = side * side + prefix
+    for layer in range(layers):
+        parts = seen(tokens, prefix)
+        map = ToMe(keep=keep).reduce(view(tokens, layer, layers, (1, side, side), prefix, **parts))
+        tokens = tokens if map is None else map.n_out
+    wanted = max(int(keep * side * side + 0.5), 1)
+    assert tokens - prefix == wanted or side * side <= 9  # few tokens: odd ones out may lack a partner
+
+
+def test_the_map_weighs_by_size_and_averages_the_heads():
+    torch.manual_seed(0)
+    parts = seen(9)
+    parts["sizes"] = torch.rand(2, 9) + 1
+    map = ToMe(r=3).reduce(view(9, **parts))
+    one_head = parts | {"keys": parts["keys"].mean(1, keepdim=True)}
+    assert torch.equal(map.target, ToMe(r=3).reduce(view(9, **one_head)).target)
+    mass = torch.zeros(2, map.n_out).scatter_add_(1, map.target, parts["sizes"])
+    torch.testing.assert_close(map.weight, parts["sizes"] / mass.gather(1, map.target))
+
+
+def test_too_large_an_r_is_clipped_to_half():
+    assert ToMe(r=99).reduce(view(17, **seen(17))).n_out == 9
