@@ -24,7 +24,9 @@ def methods(
     from rich.markup import escape
     from rich.table import Column, Table
 
-    table = Table("stage", Column("method", no_wrap=True), "what it does", "parameters", Column("arXiv", no_wrap=True), "status")
+    table = Table(
+        "stage", Column("method", no_wrap=True), "what it does", "parameters", Column("arXiv", no_wrap=True), "status"
+    )
     for m in found:
         parameters = " ".join(name if v is ... else f"{name}={v!r}" for name, v in m.defaults.items())
         table.add_row(m.stage, m.name, escape(m.summary), escape(parameters), m.arxiv or "", m.status)
