@@ -138,7 +138,7 @@ def method(
     """Declare a method. The class becomes a frozen keyword-only dataclass whose fields are the method's parameters.
 
     Methods of the stages that keep or merge tokens have ``reduce(self, view: View) -> TokenMap``; those of the decode
-    stage have ``propose(self, tokens: list[int], limit: int) -> list[int]``. A method never touches a model.
+    stage have ``start(self, tokens: Sequence[int]) -> Drafter``. A method never touches a model.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: {did_you_mean(stage, STAGES)}")

@@ -54,7 +54,7 @@ class View:
         else:
             self._parts[name] = part
 
-    def restrict(self, needs: Iterable[str]) -> View:
+    def require(self, needs: Iterable[str]) -> View:
         """Check that every part in ``needs`` exists (in this stage); returns the view itself."""
         missing = [n for n in needs if n not in self]
         if missing:

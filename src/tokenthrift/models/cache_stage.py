@@ -88,7 +88,7 @@ class CacheWatcher:
             )
         start = perf_counter()
         view = cache_view(query, key, value, mask, scaling, self.layer, self.layers, rotary)
-        map = self.method.reduce(view.restrict(self.method.info.needs))
+        map = self.method.reduce(view.require(self.method.info.needs))
         reduced = ReducedLayer(key, value, map, view.mask)
         cache.layers[self.layer] = reduced
         seconds = perf_counter() - start
