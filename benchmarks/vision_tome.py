@@ -1,12 +1,12 @@
 """Throughput and fidelity of ToMe on DINOv2-small: the unmodified model and several settings, in turns, in one run.
 
-    python benchmarks/vision_tome.py [--sizes 224 518] [--repeats 9] [--images FOLDER] [--overlay FOLDER]
+    python benchmarks/vision_tome.py [--sizes 224 518] [--threads 1] [--images FOLDER] [--overlay FOLDER]
 
 Needs the dinov2-s pack (fetched on first use) and photos: a folder of them, or scikit-image's own. Prints a markdown
 table. Times are medians over the repeats, of one forward of the batch: wall time, and CPU time, which a busy machine
 disturbs less (meaningful with --threads 1). "merging" is the share of the wall time spent on matching, merging and
-copying back. Fidelity is the mean over the images of the
-cosine to the unmodified model, of the CLS token and, copied back to all positions, of the patch tokens.
+copying back. Fidelity is the mean over the images of the cosine to the unmodified model, of the CLS token and, copied
+back to all positions, of the patch tokens.
 """
 
 from __future__ import annotations
@@ -106,21 +106,30 @@ def main() -> None:
         f"dinov2-s, float32, {args.threads} threads, batch {args.batch}, medians of {args.repeats} interleaved "
         f"repeats, fidelity over {len(images)} photos; torch {torch.__version__}, {platform.machine()}\n"
     )
-    print(
-        "| pixels | plan | tokens left | ms | images/s | speed-up | CPU ms | speed-up | FLOPs | merging | cosine CLS | cosine patches |"
-    )
-    print("|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    columns = [
+        "pixels",
+        "plan",
+        "tokens left",
+        "ms",
+        "images/s",
+        "speed-up",
+        "CPU ms",
+        "CPU speed-up",
+        "FLOPs",
+        "merging",
+    ]
+    columns += ["cosine CLS", "cosine patches"]
+    print(f"| {' | '.join(columns)} |\n|--:|---|{'--:|' * (len(columns) - 2)}")
     for size in args.sizes:
         plans = args.plans or PLANS[min(PLANS, key=lambda known: abs(known - size))]
         rows = measure(model, images, size, plans, args.repeats, args.batch)
         base, base_cpu = statistics.median(rows[0]["times"]), statistics.median(rows[0]["cpu"])
         for row in rows:
             seconds, cpu = statistics.median(row["times"]), statistics.median(row["cpu"])
-            print(
-                f"| {size} | `{row['plan']}` | {row['tokens']} | {1000 * seconds:.0f} | {args.batch / seconds:.1f} | "
-                f"{base / seconds:.2f} | {1000 * cpu:.0f} | {base_cpu / cpu:.2f} | {row['flops']:.0%} | {statistics.median(row['inside']):.1%} | "
-                f"{row['cls']:.4f} | {row['patches']:.4f} |"
-            )
+            cells = [size, f"`{row['plan']}`", row["tokens"], f"{1000 * seconds:.0f}", f"{args.batch / seconds:.1f}"]
+            cells += [f"{base / seconds:.2f}", f"{1000 * cpu:.0f}", f"{base_cpu / cpu:.2f}", f"{row['flops']:.0%}"]
+            cells += [f"{statistics.median(row['inside']):.1%}", f"{row['cls']:.4f}", f"{row['patches']:.4f}"]
+            print(f"| {' | '.join(map(str, cells))} |")
             if args.overlay and row["map"] is not None:
                 args.overlay.mkdir(parents=True, exist_ok=True)
                 grid = (size // 14, size // 14)

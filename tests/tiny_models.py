@@ -38,7 +38,7 @@ FAMILIES = {
 
 def tiny(family: str, attention: str = "sdpa", seed: int = 0, **changes: object) -> AutoModelForCausalLM:
     """A random model of the family; weights are scaled up so that attention is far from uniform."""
-    values = {**_COMMON, **FAMILIES[family], **changes}
+    values = {**_COMMON, **FAMILIES.get(family, {}), **changes}
     if family == "gpt_neox":  # multi-head attention: it has no such settings
         values = {k: v for k, v in values.items() if k not in ("num_key_value_heads", "head_dim")}
     config = AutoConfig.for_model(family, **values)

@@ -1,4 +1,4 @@
-"""Kept entries equal kvpress 0.5.5's, through the public surface on its tiny Llama and on single layers."""
+"""Scores and kept entries equal kvpress 0.5.5's, through the public surface on its tiny Llama and on single layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import tokenthrift as tt
 from tokenthrift.models.cache_stage import cache_view
+from tokenthrift.ops.rotary import Rotary
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache"
+
+
+def method(plan):
+    return tt.Plan.parse(plan).at("cache")[0]
+
+
+def assert_same_kept(name, ours, kept, score):
+    """The same sets of positions. LagKV's scores tie between partitions: there, sets of equal scores."""
+    ours, kept = np.sort(ours, axis=-1), np.sort(kept, axis=-1)
+    if name == "lagkv":
+        ours, kept = (np.sort(np.take_along_axis(score, index, -1), axis=-1) for index in (ours, kept))
+    np.testing.assert_array_equal(ours, kept)
 
 
 @pytest.fixture(scope="module")
@@ -32,42 +46,89 @@ def llama():
         ("knorm", "knorm(budget={})"),
         ("streaming", "streaming_llm(budget={}, sinks=4)"),
         ("snapkv", "snapkv(budget={}, window=8, kernel=5)"),
+        ("tova", "tova(budget={})"),
+        ("keydiff", "keydiff(budget={})"),
+        ("pyramid", "pyramid_kv(budget={}, window=8, kernel=5, beta=4)"),
+        ("lagkv", "lagkv(budget={}, sinks=4, lag=16)"),
+        ("observed", "h2o(budget={}, recent=0, per_query=True)"),
+        ("expected", "expected_attention(budget={}, sinks=4, future=32)"),
     ],
 )
 def test_kept_entries_equal_kvpress(llama, press, plan, removed):
     model, data = llama
     want = [data[f"{press}_{removed}/kept_{layer}"] for layer in range(2)]
     ids = torch.tensor(data["ids"])
-    with tt.apply(plan.format(want[0].shape[-1]), model), torch.no_grad():
+    with tt.apply(plan.format(sum(w.shape[-1] for w in want) // 2), model), torch.no_grad():
         out = model(ids)
     np.testing.assert_allclose(out.logits.numpy(), data["logits"], atol=2e-5)
     for layer, kept in enumerate(want):
         stored = out.past_key_values.layers[layer]
-        np.testing.assert_array_equal(stored.positions.numpy(), np.sort(kept, axis=-1))
+        assert_same_kept(press, stored.positions.numpy(), kept, data[f"{press}_{removed}/score_{layer}"])
         index = stored.positions.unsqueeze(-1).expand(-1, -1, -1, stored.keys.shape[-1])
         for got, full in ((stored.keys, data[f"keys_{layer}"]), (stored.values, data[f"values_{layer}"])):
             torch.testing.assert_close(got, torch.tensor(full).gather(2, index), atol=2e-5, rtol=0)
 
 
-def test_layer_scores_equal_kvpress():
-    """SnapKV with another window, KNorm and StreamingLLM on one layer of 72 tokens, from its queries and keys."""
-    inputs, scores = np.load(GOLDEN / "kvpress_layer_inputs.npz"), np.load(GOLDEN / "kvpress_scores.npz")
+@pytest.fixture(scope="module")
+def layer():
+    """The view of one layer of 72 tokens, from its hidden states and keys; and what kvpress made of it."""
+    inputs, want = np.load(GOLDEN / "kvpress_layer_inputs.npz"), np.load(GOLDEN / "kvpress_scores.npz")
     keys, values = torch.tensor(inputs["keys"]), torch.tensor(inputs["values"])
     hidden, cos, sin = (torch.tensor(inputs[k]) for k in ("hidden_states", "cos", "sin"))
     batch, n, _ = hidden.shape
     queries = (hidden @ torch.tensor(inputs["q_proj_weight"]).T).view(batch, n, -1, keys.shape[-1]).transpose(1, 2)
-    half = queries.shape[-1] // 2
-    rotated = torch.cat([-queries[..., half:], queries[..., :half]], dim=-1)
-    queries = queries * cos[:, None] + rotated * sin[:, None]
+    rotary = Rotary(cos, sin, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin)[0])
+    view = cache_view(rotary.apply(queries), keys, values, None, keys.shape[-1] ** -0.5, 0, 4, lambda: rotary)
+    return view, want
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        ("snapkv_w16_k5", "snapkv(budget={}, window=16, kernel=5)"),
+        ("knorm", "knorm(budget={})"),
+        ("streaming_s4", "streaming_llm(budget={}, sinks=4)"),
+        ("tova", "tova(budget={})"),
+        ("keydiff", "keydiff(budget={})"),
+        ("pyramid_w8_k5_b20", "pyramid_kv(budget={}, window=8, kernel=5, beta=20)"),
+        ("lagkv_s4_l16", "lagkv(budget={}, sinks=4, lag=16)"),
+        ("h2o_observed", "h2o(budget={}, recent=0, per_query=True)"),
+        ("expected_default", "expected_attention(budget={}, sinks=4, future=64)"),
+        ("expected_nocov", "expected_attention(budget={}, future=64, covariance=False)"),
+        ("expected_novnorm_eps", "expected_attention(budget={}, future=64, value_norm=False)"),
+        ("expected_eps1e-2", "expected_attention(budget={}, future=64, epsilon=0.01)"),
+    ],
+)
+def test_layer_scores_equal_kvpress(layer, case, plan):
+    view, want = layer
+    kept, score = want[f"{case}__kept"], want[f"{case}__scores"]
+    reducer = method(plan.format(kept.shape[-1]))
+    assert_same_kept(case.split("_")[0], reducer.reduce(view).source.numpy(), kept, score)
+    if hasattr(reducer, "score"):
+        ours = reducer.score(view).numpy()
+        ours = np.floor(ours) / 16 if case.startswith("lagkv") else ours
+        free = score < score.max()  # the highest value marks what the press forces in
+        np.testing.assert_allclose(ours[free], score[free], atol=1e-5)
+
+
+def test_pyramid_budgets_equal_kvpress():
+    table = np.load(GOLDEN / "kvpress_scores.npz")["pyramid_budgets"]
+    cases = {}
+    for n, ratio, window, beta, _, budget in table.tolist():
+        cases.setdefault((int(n), ratio, int(window), beta), []).append(int(budget))
+    for (n, ratio, window, beta), want in cases.items():
+        pyramid = method(f"pyramid_kv(budget={1 - ratio}, window={window}, beta={beta})")
+        assert pyramid.budgets(n, 4) == want, (n, ratio, window, beta)
+
+
+def test_h2o_keeps_what_the_authors_code_keeps():
+    """FMInference/H2O after a prefill of 24 tokens, 6 heavy hitters and the last 10."""
+    data = np.load(GOLDEN / "h2o_layerwise.npz")
+    n = int(data["prefill"])
+    queries, keys, values = (torch.tensor(data[k])[:, :, :n] for k in ("queries", "keys", "values"))
     view = cache_view(queries, keys, values, None, keys.shape[-1] ** -0.5, 0, 1)
-    budget = int(n * (1 - 0.6))
-    cases = {
-        "snapkv": f"snapkv(budget={budget}, window=16, kernel=5)",
-        "knorm": f"knorm(budget={budget})",
-        "streaming": f"streaming_llm(budget={budget}, sinks=4)",
-    }
-    by_name = {k.lower(): k for k in scores.files if k.endswith("__kept")}
-    for name, plan in cases.items():
-        key = next(k for low, k in by_name.items() if low.startswith(name) and "eager" not in low)
-        kept = tt.Plan.parse(plan).at("cache")[0].reduce(view).source
-        np.testing.assert_array_equal(kept.numpy(), scores[key])
+    h2o = method(f"h2o(budget=16, recent={10 / 16})")
+    map = h2o.reduce(view)
+    np.testing.assert_array_equal(map.apply(keys).numpy(), data["keys_after_prefill"])
+    score = h2o.score(view).gather(-1, map.source)[0]
+    np.testing.assert_allclose(score.numpy(), data["score_after_prefill"], atol=1e-5)

@@ -6,13 +6,31 @@ import pytest
 import torch
 
 import tokenthrift as tt
+from cache_plans import EACH, plan
 from tokenthrift.models.cache_stage import cache_view
+from tokenthrift.ops.rotary import Rotary
 
 
-def view(n=20, heads=4, kv_heads=2, batch=1, seed=0, mask=None):
+def view(n=20, heads=4, kv_heads=2, batch=1, seed=0, mask=None, layer=0, layers=1):
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, h, n, 8, generator=g) for h in (heads, kv_heads, kv_heads))
-    return cache_view(q, k, v, mask, 8**-0.5, 0, 1)
+    return made_of(q, k, v, mask, layer=layer, layers=layers)
+
+
+def made_of(q, k, v, mask=None, start=0, layer=0, layers=1):
+    """A view of a layer that rotated channels ``i`` and ``i + 4`` together, from position ``start`` on."""
+    angle = torch.arange(start, start + k.shape[-2])[None, :, None] * 0.3 ** torch.arange(4).repeat(2)
+
+    def turn(x, cos, sin):
+        return x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], dim=-1) * sin[:, None]
+
+    return cache_view(q, k, v, mask, 8**-0.5, layer, layers, lambda: Rotary(angle.cos(), angle.sin(), turn))
+
+
+def left_padding(n, pads):
+    """The model's 4-D additive mask of a batch whose rows have so many padding tokens on their left."""
+    hidden = torch.arange(n) < torch.tensor(pads)[:, None]
+    return torch.zeros(len(pads), 1, 1, n).masked_fill(hidden[:, None, None], torch.finfo(torch.float32).min)
 
 
 def kept(plan, v):
@@ -25,8 +43,9 @@ def test_streaming_llm_keeps_sinks_and_the_newest():
 
 
 def test_streaming_llm_counts_sinks_from_the_first_real_token():
-    mask = torch.zeros(1, 1, 20, 20).masked_fill(torch.arange(20) < 6, torch.finfo(torch.float32).min)
-    assert kept("streaming_llm(budget=5, sinks=2)", view(mask=mask)).tolist() == [[[6, 7, 17, 18, 19]] * 2]
+    assert kept("streaming_llm(budget=5, sinks=2)", view(mask=left_padding(20, [6]))).tolist() == [
+        [[6, 7, 17, 18, 19]] * 2
+    ]
 
 
 def test_knorm_keeps_the_smallest_keys_of_each_head():
@@ -51,15 +70,123 @@ def test_snapkv_window_shrinks_under_a_small_ratio():
     assert kept("snapkv(budget=0.1, window=32)", view(n=50)).tolist() == [[[45, 46, 47, 48, 49]] * 2]
 
 
-@pytest.mark.parametrize("name", ["knorm", "snapkv", "streaming_llm"])
+def test_tova_follows_the_last_query_with_one_choice_for_all_heads():
+    v = view()
+    mean = v.attention(1)[0, :, 0].mean(0)
+    mean[-1] = 1
+    assert kept("tova(budget=6)", v).tolist() == [[sorted(mean.topk(6).indices.tolist())] * 2]
+
+
+def test_keydiff_keeps_the_key_that_points_elsewhere():
+    v = view()
+    v.keys.abs_()
+    v.keys[0, 1, 7] *= -1
+    assert 7 in kept("keydiff(budget=1)", v)[0, 1].tolist()
+
+
+def test_h2o_keeps_the_newest_and_the_most_attended():
+    v = view()
+    v.keys[:, :, 3] = 0
+    v.queries[:] = v.queries.abs()
+    v.keys[:, :, 3] += 3  # every query likes it
+    assert kept("h2o(budget=4, recent=0.75)", v).tolist() == [[[3, 17, 18, 19]] * 2]
+    assert kept("h2o(budget=4, recent=1)", v).tolist() == [[[16, 17, 18, 19]] * 2]
+
+
+def test_h2o_per_query_lets_a_late_token_win():
+    v = view(heads=2)
+    v.queries[:], v.keys[:] = 1, 0
+    v.keys[:, :, 15] = 4  # five queries give it nearly all they have; fifteen give token 0 about a fifth on average
+    assert kept("h2o(budget=2, recent=0)", v).tolist() == [[[0, 15]] * 2]
+    assert kept("h2o(budget=1, recent=0, per_query=True)", v).tolist() == [[[15]] * 2]
+
+
+def test_lagkv_shares_the_budget_between_partitions():
+    index = kept("lagkv(budget=18, sinks=2, lag=8)", view(n=2 + 4 * 8))[0]  # 2 sinks, 8 of the tail, 8 of 3 partitions
+    for head in index.tolist():
+        assert head[:2] == [0, 1] and head[-8:] == list(range(26, 34))
+        assert [sum(2 + 8 * i <= t < 10 + 8 * i for t in head) for i in range(3)] == [2, 3, 3]
+
+
+def test_lagkv_on_a_short_prompt_keeps_sinks_and_the_newest():
+    assert kept("lagkv(budget=6, sinks=2)", view()).tolist() == [[[0, 1, 16, 17, 18, 19]] * 2]
+
+
+def test_lagkv_survives_constant_values():
+    v = view(n=34)
+    v.values[:] = 1
+    assert kept("lagkv(budget=18, sinks=2, lag=8)", v).shape == (1, 2, 18)
+
+
+def test_pyramid_kv_keeps_the_total_and_equals_snapkv_in_its_middle():
+    counts = [
+        kept("pyramid_kv(budget=20, window=4, beta=5)", view(n=60, layer=i, layers=3)).shape[-1] for i in range(3)
+    ]
+    assert counts == [36, 20, 4]
+    v = view(n=60, layer=1, layers=3)
+    same = kept("snapkv(budget=20, window=4, kernel=3)", v)
+    assert torch.equal(kept("pyramid_kv(budget=20, window=4, kernel=3, beta=5)", v), same)
+
+
+def test_pyramid_kv_is_constant_where_the_last_layer_could_not_hold_the_window():
+    assert tt.Plan.parse("pyramid_kv(budget=100, window=8, beta=20)").at("cache")[0].budgets(1000, 4) == [100] * 4
+
+
+def test_expected_attention_is_the_mean_over_drawn_queries():
+    """The closed form against exp(q·k) of Gaussian queries, rotated to the next position."""
+    v = view(n=30, heads=2, kv_heads=2)
+    method = tt.Plan.parse("expected_attention(budget=9, sinks=0, future=1, value_norm=False)").at("cache")[0]
+    plain = v.rotary.undo(v.queries)[0, 0].double()
+    covariance = torch.cov(plain.T, correction=0)
+    torch.manual_seed(0)
+    drawn = torch.distributions.MultivariateNormal(plain.mean(0), covariance).sample((200_000,))
+    turned = v.rotary.ahead(1, v.mask).apply(drawn.float()[None, None])[0, 0]
+    want = (turned @ v.keys[0, 0].T * v.scaling).exp().mean(0)
+    torch.testing.assert_close(method.score(v)[0, 0], want / want.sum(), rtol=0.05, atol=1e-3)
+
+
+def test_expected_attention_keeps_its_sinks():
+    assert kept("expected_attention(budget=6, sinks=4, future=8)", view())[..., :4].tolist() == [[[0, 1, 2, 3]] * 2]
+
+
+@EACH
 def test_keeping_everything_is_the_identity(name):
     for budget in (1.0, 20, 5000):
-        options = ", window=2" if name == "snapkv" else ""
-        assert tt.Plan.parse(f"{name}(budget={budget}{options})").at("cache")[0].reduce(view()).is_identity
+        assert tt.Plan.parse(plan(name, budget)).at("cache")[0].reduce(view()).is_identity
+
+
+@EACH
+@pytest.mark.parametrize("budget", [12, 0.5])
+def test_as_many_as_asked_for_in_order_and_each_once(name, budget):
+    index = kept(plan(name, budget), view(n=24, batch=2, layer=1, layers=3))
+    assert index.shape == (2, 2, 12)
+    assert (index.diff(dim=-1) > 0).all()
+
+
+@EACH
+@pytest.mark.parametrize("pads", [(0, 9), (22, 3)])
+def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
+    """Padding is never kept, and a row does not notice that others are longer."""
+    full = view(n=40, batch=2)
+    parts = full.queries, full.keys, full.values
+    map = tt.Plan.parse(plan(name, 14)).at("cache")[0].reduce(made_of(*parts, mask=left_padding(40, pads)))
+    for row, pad in enumerate(pads):
+        alone = kept(plan(name, 14), made_of(*(p[row : row + 1, :, pad:] for p in parts), start=pad))
+        real = map.mask[row, 0]
+        assert torch.equal(map.source[row][:, real] - pad, alone[0])
+        assert int(real.sum()) == min(14, 40 - pad)
+
+
+@EACH
+def test_half_precision_is_scored_like_single(name):
+    v = view(n=32)
+    halved = made_of(*(t.bfloat16() for t in (v.queries, v.keys, v.values)))
+    exact = made_of(halved.queries.float(), halved.keys.float(), halved.values.float())
+    assert torch.equal(kept(plan(name, 12), halved), kept(plan(name, 12), exact))
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "wrong",
     [
         "knorm(budget=0)",
         "knorm(budget=1.5)",
@@ -70,9 +197,26 @@ def test_keeping_everything_is_the_identity(name):
         "streaming_llm(budget=4, sinks=4)",
         "streaming_llm(sinks=-1)",
         "knorm(budget=big)",
+        "tova(budget=0)",
+        "keydiff(budget=-3)",
+        "pyramid_kv(budget=8)",
+        "pyramid_kv(kernel=2)",
+        "pyramid_kv(beta=0.5)",
+        "lagkv(budget=4)",
+        "lagkv(lag=1)",
+        "lagkv(sinks=-1)",
+        "h2o(recent=1.5)",
+        "h2o(recent=nan)",
+        "h2o(budget=2.0)",
+        "h2o(recent=most)",
+        "h2o(per_query=3)",
+        "lagkv(lag=2.5)",
+        "expected_attention(sinks=512)",
+        "expected_attention(future=0)",
+        "expected_attention(epsilon=-1)",
     ],
 )
-def test_impossible_parameters_are_refused_in_one_line(plan):
+def test_impossible_parameters_are_refused_in_one_line(wrong):
     with pytest.raises(tt.ThriftError) as error:
-        tt.Plan.parse(plan)
+        tt.Plan.parse(wrong)
     assert "\n" not in str(error.value)

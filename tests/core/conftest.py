@@ -20,11 +20,11 @@ def make_toys() -> None:
         More words.
         """
 
-        keep: float | int = 1.0
-        mode: str = "mean"
-        scale: float = 1.0
+        keep: Any = 1.0
+        mode: Any = "mean"
+        scale: Any = 1.0
         heads: Any = None
-        sink: bool = False
+        sink: Any = False
 
         def reduce(self, view: View) -> TokenMap:
             raise NotImplementedError
@@ -33,19 +33,19 @@ def make_toys() -> None:
     class Window:
         """Keep the last ``size``."""
 
-        size: int
-        limit: float = float("inf")
+        size: Any
+        limit: Any = float("inf")
         weights: Any = field(default_factory=lambda: [1, 2])
         hidden: int = field(init=False, default=3)
 
     @method("patches", stage="vision", paper="Toys")
     class Patches:
-        ratio: float = 0.5
+        ratio: Any = 0.5
         pairs: Any = ((1, 2), "a")
 
     @method("squeeze", stage="text", paper="Toys")
     class Squeeze:
-        rate: float = 0.5
+        rate: Any = 0.5
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,28 @@ def test_mistakes_are_one_line_that_helps(call, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("annotation", "takes", "refuses"),
+    [
+        ("int", [3], [3.0, True, "3", None]),
+        ("float", [3, 0.5, math.inf], [False, "fast"]),
+        ("bool", [True], [1, "yes"]),
+        ("int | None", [3, None], [0.5]),
+        (int | float, [3, 0.5], ["big", True]),
+        (str, ["sum"], [1]),
+        ("list[int]", [[1], "anything"], []),
+    ],
+)
+def test_parameters_are_of_the_type_that_is_written(empty, annotation, takes, refuses):
+    cls = type("Typed", (), {"__annotations__": {"x": annotation}})
+    info = method("typed", stage="cache", paper="P")(cls).info
+    for value in takes:
+        assert info.make(x=value).x is value
+    for value in refuses:
+        with pytest.raises(ThriftError, match="typed takes 'x' as"):
+            info.make(x=value)
+
+
 def test_to_dict_is_json():
     for info in methods():
         assert json.loads(json.dumps(info.to_dict(), allow_nan=False))["name"] == info.name

@@ -27,7 +27,7 @@ def test_looking_does_not_compute():
     view = View(keys=counted(calls, "keys", 1), layer=0)
     assert "keys" in view and "layer" in view and "values" not in view
     assert sorted(view) == ["keys", "layer"]
-    assert view.restrict(("keys", "layer")) is view
+    assert view.require(("keys", "layer")) is view
     assert calls == []
 
 
@@ -73,7 +73,7 @@ def test_missing_parts_are_named():
         view.grid  # noqa: B018
     assert not hasattr(view, "grid")
     with pytest.raises(ThriftError) as error:
-        view.restrict(["keys", "grid", "text"])
+        view.require(["keys", "grid", "text"])
     assert str(error.value) == "this stage cannot offer 'grid', 'text'; it has: keys, layer"
 
 

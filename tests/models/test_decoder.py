@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import tokenthrift as tt
+from cache_plans import EACH, METHODS, plan
 from tiny_models import FAMILIES, prompt, tiny
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import ReducedLayer
@@ -30,13 +31,13 @@ def fingerprint(model):
 
 @ALL
 @BOTH
-@pytest.mark.parametrize("plan", [None, "snapkv(budget=1.0)", "knorm(budget=400)", "streaming_llm(budget=1.0)"])
-def test_keeping_everything_is_bit_identical(family, attention, plan):
+def test_keeping_everything_is_bit_identical(family, attention):
     model, inputs = tiny(family, attention), prompt(pad=5)
-    tokens, logits = generate(model, inputs), model(**inputs).logits
-    with tt.apply(plan, model):
-        assert torch.equal(generate(model, inputs), tokens)
-        assert torch.equal(model(**inputs).logits, logits)
+    tokens, logits = generate(model, inputs, 3), model(**inputs).logits
+    for everything in (None, "knorm(budget=400)", *(plan(name, 1.0) for name in METHODS)):
+        with tt.apply(everything, model):
+            assert torch.equal(generate(model, inputs, 3), tokens), everything
+            assert torch.equal(model(**inputs).logits, logits), everything
 
 
 @ALL
@@ -71,14 +72,23 @@ class _Boom:
 @pytest.mark.parametrize("step", [1, 5])
 def test_eviction_equals_dense_attention_that_masks_what_was_evicted(family, attention, step):
     """Per layer and head different entries go; later tokens come one by one or five at once; row 0 is left-padded."""
+    check_eviction(family, attention, step, "snapkv(budget=12, window=4)")
+
+
+@ALL
+@EACH
+def test_every_method_evicts_right_on_every_family(family, name):
+    check_eviction(family, "sdpa", 5, plan(name, 12))
+
+
+def check_eviction(family, attention, step, plan):
     model, inputs = tiny(family, attention), prompt(length=40, pad=7)
     more = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(1))
     n = inputs["input_ids"].shape[1]
-    with tt.apply("snapkv(budget=12, window=4)", model) as session, torch.no_grad():
+    with tt.apply(plan, model) as session, torch.no_grad():
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         cache = model(**inputs, position_ids=positions, use_cache=True).past_key_values
-        kept = {i: layer.positions[..., :12] for i, layer in enumerate(cache.layers) if isinstance(layer, ReducedLayer)}
-        real = {i: layer.real for i, layer in enumerate(cache.layers) if isinstance(layer, ReducedLayer)}
+        kept = {i: stored_of(layer, n) for i, layer in enumerate(cache.layers) if isinstance(layer, ReducedLayer)}
         mask, got = inputs["attention_mask"], []
         for start in range(0, 10, step):
             mask = torch.nn.functional.pad(mask, (0, step), value=1)
@@ -89,11 +99,17 @@ def test_eviction_equals_dense_attention_that_masks_what_was_evicted(family, att
     assert kept
     assert session.report().stages["cache"].kept < 0.5
     full = {"input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": mask}
-    want = dense_reference(model, full, n, kept, real)
+    want = dense_reference(model, full, n, kept)
     torch.testing.assert_close(torch.cat(got, 1), want[:, n:], atol=2e-4, rtol=2e-4)
 
 
-def dense_reference(model, inputs, n, kept, real):
+def stored_of(layer, n):
+    """``(batch, kv_heads, n)`` bool: which of the ``n`` prompt tokens a reduced layer still holds."""
+    real = torch.ones_like(layer.positions) if layer.real is None else layer.real.long()
+    return torch.zeros(*real.shape[:2], n, dtype=torch.long).scatter_add_(-1, layer.positions, real) > 0
+
+
+def dense_reference(model, inputs, n, kept):
     """One forward over everything, where queries from ``n`` on do not see the evicted prompt entries of their head."""
     base = model.config._attn_implementation
 
@@ -102,10 +118,9 @@ def dense_reference(model, inputs, n, kept, real):
         logits = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
         logits = logits + mask if mask is not None else logits
         if module.layer_idx in kept:
-            visible = torch.zeros(*k.shape[:2], n).scatter_(-1, kept[module.layer_idx], 1) > 0
-            if real[module.layer_idx] is not None:
-                assert real[module.layer_idx].all()  # rows keep equally many here, so no slot is padding
-            hidden = ~visible.repeat_interleave(groups, 1)[:, :, None, :].expand(-1, -1, logits.shape[2] - n, -1)
+            hidden = ~kept[module.layer_idx].repeat_interleave(groups, 1)[:, :, None, :].expand(
+                -1, -1, logits.shape[2] - n, -1
+            )
             logits[:, :, n:, :n] = logits[:, :, n:, :n].masked_fill(hidden, float("-inf"))
         out = logits.softmax(-1, dtype=torch.float32) @ v.repeat_interleave(groups, 1)
         return out.transpose(1, 2).contiguous(), None
@@ -122,6 +137,16 @@ def dense_reference(model, inputs, n, kept, real):
     finally:
         for config in configs:
             config._attn_implementation_internal = base
+
+
+@EACH
+def test_a_padded_row_generates_what_it_generates_alone(name):
+    model, inputs = tiny("llama"), prompt(length=40, pad=13)
+    with tt.apply(plan(name, 12), model):
+        out = generate(model, inputs)
+        for row, pad in enumerate((13, 0)):
+            alone = generate(model, {k: v[row : row + 1, pad:] for k, v in inputs.items()})
+            assert torch.equal(out[row, pad:], alone[0])
 
 
 @pytest.mark.parametrize("pads", [(0, 0), (30, 0)])

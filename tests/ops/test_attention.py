@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenthrift.core.budget import Budget
-from tokenthrift.ops.attention import attention_rows, group_mean
+from tokenthrift.ops.attention import attention_received, attention_rows, group_mean, window_scores
+from tokenthrift.ops.rows import score_rows
 from tokenthrift.ops.topk import keep_top
 
 
@@ -55,3 +58,49 @@ def test_keep_top_ratio_counts_real_tokens():
 def test_keep_top_with_nothing_to_drop_is_the_identity():
     mask = torch.tensor([[True] * 4, [False, False, True, True]])
     assert keep_top(torch.rand(2, 1, 4), Budget.of(4), mask).is_identity
+
+
+def test_keep_top_takes_a_count_for_each_row():
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    map = keep_top(torch.arange(10.0).view(2, 1, 5), torch.tensor([2, 9]), mask)
+    assert map.source[0, 0, :2].tolist() == [3, 4] and map.source[1, 0].tolist() == [2, 3, 4]
+    assert map.mask.sum(-1).tolist() == [[2], [3]]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_attention_received_equals_the_column_sums(block):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 20, 8), torch.randn(2, 2, 20, 8)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :9] = False
+    want = (full_attention(q, k, 0.3, mask) * mask[:, None, :, None]).sum(2)
+    torch.testing.assert_close(attention_received(q, k, 0.3, mask, block), want)
+    torch.testing.assert_close(attention_received(q, k, 0.3, block=block)[1], want[1])
+
+
+def test_attention_received_never_holds_more_than_a_block_of_rows():
+    rows = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            rows.extend([out.numel()] if isinstance(out, torch.Tensor) else [])
+            return out
+
+    with Watch():
+        attention_received(torch.randn(1, 2, 400, 8), torch.randn(1, 1, 400, 8), 1.0, block=16)
+    assert max(rows) <= 2 * 400 * 16
+
+
+def test_window_scores_put_the_window_above_pooled_votes():
+    rows = torch.zeros(1, 2, 2, 7)
+    rows[:, 0, :, 2] = 1  # one of the two heads that share a key head
+    scores = window_scores(rows, 1, 3)
+    torch.testing.assert_close(scores, torch.tensor([[[0, 1 / 6, 1 / 6, 1 / 6, 0, 2, 3]]]))
+
+
+def test_rows_are_scored_without_their_padding():
+    mask = torch.tensor([[True] * 4, [False, True, False, True]])
+    x = torch.arange(8.0).view(2, 1, 4, 1)
+    scores = score_rows(lambda t: t.squeeze(-1).cumsum(-1), mask, x)
+    assert scores.tolist() == [[[0, 1, 3, 6]], [[-torch.inf, 5, -torch.inf, 12]]]

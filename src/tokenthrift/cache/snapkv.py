@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch.nn.functional import avg_pool1d
-
 from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.attention import group_mean
+from ..ops.attention import window_scores
 from ..ops.topk import keep_top
 
 
@@ -50,10 +47,4 @@ class SnapKV:
         if budget.tokens(n) == n:
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
         window = min(self.window, budget.tokens(n))
-        votes = view.attention(window)[..., : n - window].mean(2)  # (batch, heads, tokens before the window)
-        votes = avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        votes = group_mean(votes, kv_heads)
-        # A vote is at most 1, so the window outranks every vote, its newest tokens first.
-        recent = 2 + torch.arange(window, device=votes.device, dtype=votes.dtype)
-        score = torch.cat([votes, recent.expand(batch, kv_heads, window)], dim=-1)
-        return keep_top(score, budget, view.mask)
+        return keep_top(window_scores(view.attention(window), kv_heads, self.kernel), budget, view.mask)

@@ -45,6 +45,7 @@ def generate(
     with apply(chosen, loaded, processor=tokenizer) as session:
         text, compressed = _shorten(session, chosen, document, question)
         inputs = _encode(tokenizer, text, raw).to(loaded.device)
+        _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     new = out[0, inputs["input_ids"].shape[1] :]
@@ -68,6 +69,15 @@ def _shorten(session: Any, plan: Any, document: str, question: str) -> tuple[str
         return "\n\n".join(filter(None, (document, question))), None
     compressed = session.compress(document or question, question if document else None)
     return "\n\n".join(filter(None, (compressed.text, question if document else ""))), compressed
+
+
+def _check_length(model: Any, prompt: int, new: int) -> None:
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if room is not None and prompt + new > room:
+        raise ThriftError(
+            f"the prompt has {prompt:,} tokens, with {new:,} to generate that is more than the {room:,} that the model "
+            "takes: shorten it, for instance with --plan 'text=truncate(rate=0.5)'"
+        )
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> Any:

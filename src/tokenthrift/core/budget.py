@@ -81,7 +81,8 @@ def share_out(total: int, weights: Sequence[float], caps: Sequence[int] | None =
             left -= bound[i]
         free = [i for i in free if i not in held]
     parts = [math.floor(x) for x in ideal]
-    by_remainder = sorted((i for i in range(len(parts)) if parts[i] < high[i]), key=lambda i: parts[i] - ideal[i])
+    room = [i for i in range(len(parts)) if parts[i] < high[i]]
+    by_remainder = sorted(room, key=lambda i: round(parts[i] - ideal[i], 9))  # equal remainders: the earlier unit
     for i in by_remainder[: max(total - sum(parts), 0)]:
         parts[i] += 1
     return parts

@@ -77,7 +77,7 @@ class MethodInfo:
         return (self.cls.__doc__ or "").strip().split("\n")[0]
 
     def make(self, **params: Any) -> Any:
-        """An instance with these parameters. Raises ThriftError for unknown or missing ones."""
+        """An instance with these parameters. Raises ThriftError for unknown, missing and mistyped ones."""
         defaults = self.defaults
         for name in params:
             if name not in defaults:
@@ -85,6 +85,10 @@ class MethodInfo:
         for name, default in defaults.items():
             if default is ... and name not in params:
                 raise ThriftError(f"{self.name} needs the parameter '{name}': write {self.name}({name}=...)")
+        for f in dataclasses.fields(self.cls):
+            if f.name in params and not _fits(params[f.name], f.type):
+                kind = " or ".join(_words(f.type))
+                raise ThriftError(f"{self.name} takes '{f.name}' as {kind}, got {params[f.name]!r}")
         return self.cls(**params)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +97,24 @@ class MethodInfo:
         defaults = {k: _plain(v) for k, v in self.defaults.items() if v is not ...}
         required = [k for k in self.defaults if k not in defaults]
         return {**plain, "needs": list(self.needs), "defaults": defaults, "required": required, "summary": self.summary}
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": (type(None),)
+}  # fmt: skip
+
+
+def _words(annotation: Any) -> list[str]:
+    """The parts of a union as the source writes them: ``int | float`` to ``["int", "float"]``."""
+    return (annotation.__name__ if isinstance(annotation, type) else str(annotation)).split(" | ")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what a field is annotated to hold; what is not made of plain types may hold anything."""
+    words = _words(annotation)
+    if not set(words) <= set(_KINDS):
+        return True
+    return any(isinstance(value, _KINDS[w]) and (w == "bool" or not isinstance(value, bool)) for w in words)
 
 
 def _plain(value: Any) -> Any:
@@ -116,7 +138,7 @@ def method(
     """Declare a method. The class becomes a frozen keyword-only dataclass whose fields are the method's parameters.
 
     Methods of the stages that keep or merge tokens have ``reduce(self, view: View) -> TokenMap``; those of the decode
-    stage have ``propose(self, tokens: list[int], limit: int) -> list[int]``. A method never touches a model.
+    stage have ``start(self, tokens: Sequence[int]) -> Drafter``. A method never touches a model.
     """
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: {did_you_mean(stage, STAGES)}")

@@ -22,6 +22,9 @@ class View:
     ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
     ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache) or given (vision) query rows
+    ``scaling``      cache                              factor on ``q·k`` in the layer's attention
+    ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
+                                                        its queries and keys by their positions
     ``mask``         all                                ``(batch, tokens)`` bool, true = real, false = padding
     ``protected``    all                                ``(batch, tokens)`` bool, tokens that must survive
     ``positions``    all                                ``(batch, tokens)`` int64
@@ -51,7 +54,7 @@ class View:
         else:
             self._parts[name] = part
 
-    def restrict(self, needs: Iterable[str]) -> View:
+    def require(self, needs: Iterable[str]) -> View:
         """Check that every part in ``needs`` exists (in this stage); returns the view itself."""
         missing = [n for n in needs if n not in self]
         if missing:

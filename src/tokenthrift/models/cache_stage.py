@@ -7,7 +7,9 @@ window only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,10 @@ from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.view import Lazy, View
 from ..ops.attention import attention_rows
+from ..ops.rotary import Rotary
 from .attention import watch_attention
 from .kv import ReducedLayer
+from .rotary import rotary_of
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -41,8 +45,8 @@ def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: 
 
     def make(module: nn.Module) -> CacheWatcher:
         watcher = CacheWatcher(module, len(adapter.attentions), method, session)
-        # The attention function is not told the cache: note it as the module is called.
-        handle = module.register_forward_pre_hook(watcher.note_cache, with_kwargs=True)
+        # The attention function is told neither the cache nor the rotation: note them as the module is called.
+        handle = module.register_forward_pre_hook(watcher.note_call, with_kwargs=True)
         undo.callback(handle.remove)
         return watcher
 
@@ -56,10 +60,12 @@ class CacheWatcher:
         self.layer, self.layers = int(module.layer_idx), layers  # type: ignore[arg-type]
         self.method, self.session = method, session
         self.cache: Cache | None = None
+        self.rotary: Callable[[], Rotary] | None = None
         self.prompt = False
 
-    def note_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: which cache this call fills, and whether it was empty."""
+    def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the attention module: its rotation, which cache it fills, and whether that was empty."""
+        self.rotary = partial(rotary_of, module, kwargs.get("position_embeddings"))
         self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         self.prompt = self.cache is not None and int(self.cache.get_seq_length(self.layer)) == 0
 
@@ -71,8 +77,8 @@ class CacheWatcher:
         return reduced_mask(stored, query, mask)
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
-        stored, cache = self._stored(), self.cache
-        self.cache = None  # hold no reference between calls
+        stored, cache, rotary = self._stored(), self.cache, self.rotary
+        self.cache = self.rotary = None  # hold no reference between calls
         if cache is None or not self.prompt or query.shape[-2] == 1 or getattr(stored, "is_sliding", False):
             return
         if type(stored) is not DynamicLayer:
@@ -81,8 +87,8 @@ class CacheWatcher:
                 "use the default cache (no cache_implementation, no quantized or offloaded cache)"
             )
         start = perf_counter()
-        view = cache_view(query, key, value, mask, scaling, self.layer, self.layers)
-        map = self.method.reduce(view.restrict(self.method.info.needs))
+        view = cache_view(query, key, value, mask, scaling, self.layer, self.layers, rotary)
+        map = self.method.reduce(view.require(self.method.info.needs))
         reduced = ReducedLayer(key, value, map, view.mask)
         cache.layers[self.layer] = reduced
         seconds = perf_counter() - start
@@ -103,12 +109,20 @@ class CacheWatcher:
 
 
 def cache_view(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, layer: int, layers: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    layer: int,
+    layers: int,
+    rotary: Callable[[], Rotary] | None = None,
 ) -> View:
     """What a cache method may look at, at the end of one layer's prefill.
 
     Shapes: ``query`` ``(batch, heads, n, dim)``, ``key`` and ``value`` ``(batch, kv_heads, n, dim)`` after RoPE,
-    ``mask`` the model's 4-D mask or None. ``view.attention(rows)`` gives the attention of the last ``rows`` queries.
+    ``mask`` the model's 4-D mask or None, ``rotary`` a function that gives the rotation, if there may be one.
+    ``view.attention(rows)`` gives the attention of the last ``rows`` queries.
     """
     batch, n = key.shape[0], key.shape[-2]
 
@@ -122,12 +136,15 @@ def cache_view(
         keys=key,
         values=value,
         queries=query,
+        scaling=scaling,
         mask=Lazy(real),
         positions=Lazy(lambda: torch.arange(n, device=key.device).expand(batch, n)),
         protected=Lazy(lambda: torch.zeros(batch, n, dtype=torch.bool, device=key.device)),
         layer=layer,
         layers=layers,
     )
+    if rotary is not None:
+        view.offer("rotary", Lazy(rotary))
     view.offer("attention", lambda rows: attention_rows(query[:, :, -rows:], key, scaling, view.mask))
     return view
 

@@ -1,9 +1,10 @@
-"""Attention of a few query rows over many keys: what ranking tokens needs, without the N×N matrix."""
+"""Attention of query rows over many keys: what ranking tokens needs, without ever holding the N×N matrix."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 
 def attention_rows(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -30,6 +31,48 @@ def attention_rows(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor |
         hidden = hidden & mask[:, None, n - rows :, None]  # a padding query sees all, so that its row has no NaN …
     out = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
     return out if mask is None else out * mask[:, None, n - rows :, None]  # … and then counts for nothing
+
+
+def attention_received(
+    queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None, block: int = 128
+) -> Tensor:
+    """How much attention each token receives in all: the column sums of causal attention, in float32.
+
+    The queries are taken ``block`` at a time, each block with the keys that it can see.
+
+    Args:
+        queries: ``(batch, heads, n, dim)``.
+        keys, scaling, mask: as for :func:`attention_rows`.
+        block: how many rows of the matrix exist at once.
+
+    Returns:
+        ``(batch, heads, n)`` float32; padding receives nothing and gives nothing.
+    """
+    n = keys.shape[-2]
+    received = torch.zeros(queries.shape[:-1], dtype=torch.float32, device=queries.device)
+    for start in range(0, n, block):
+        end = min(start + block, n)
+        seen = None if mask is None else mask[:, :end]
+        received[..., :end] += attention_rows(queries[:, :, start:end], keys[:, :, :end], scaling, seen).sum(-2)
+    return received
+
+
+def window_scores(rows: Tensor, kv_heads: int, kernel: int) -> Tensor:
+    """Scores by the attention of the prompt's last queries, with these queries' own tokens above all others.
+
+    Args:
+        rows: ``(batch, heads, window, n)``, the last ``window`` rows of attention.
+        kv_heads: number of key/value heads; the votes of the query heads that share one are averaged.
+        kernel: odd width of the average pooling along the prompt, so that neighbours of an important token survive.
+
+    Returns:
+        ``(batch, kv_heads, n)``: votes in [0, 1], then the window from 2 on, newest highest.
+    """
+    window, n = rows.shape[-2:]
+    votes = rows[..., : n - window].mean(-2)
+    votes = group_mean(avg_pool1d(votes, kernel, stride=1, padding=kernel // 2), kv_heads)
+    recent = 2 + torch.arange(window, device=rows.device, dtype=rows.dtype)
+    return torch.cat([votes, recent.expand(*votes.shape[:-1], window)], dim=-1)
 
 
 def group_mean(scores: Tensor, kv_heads: int) -> Tensor:

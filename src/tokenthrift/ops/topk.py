@@ -9,12 +9,12 @@ from ..core.budget import Budget
 from ..core.tokenmap import TokenMap
 
 
-def keep_top(scores: Tensor, budget: Budget, mask: Tensor) -> TokenMap:
+def keep_top(scores: Tensor, budget: Budget | Tensor, mask: Tensor) -> TokenMap:
     """Keep the best-scored real tokens of each row, in their order.
 
     Args:
         scores: ``(batch, heads, tokens)``; ``+inf`` forces a token in.
-        budget: how many of a row's real tokens to keep; rows with fewer keep all.
+        budget: how many of a row's real tokens to keep, or a count a row ``(batch,)``; rows with fewer keep all.
         mask: ``(batch, tokens)`` bool, true for real tokens; padding is never kept.
 
     Returns:
@@ -22,7 +22,8 @@ def keep_top(scores: Tensor, budget: Budget, mask: Tensor) -> TokenMap:
     """
     n = scores.shape[-1]
     lengths = mask.sum(-1)
-    counts = budget.tokens_of(lengths).to(scores.device)
+    counts = budget.tokens_of(lengths) if isinstance(budget, Budget) else budget
+    counts = torch.minimum(counts.to(scores.device), lengths)
     if bool((counts == lengths).all()):  # nothing to drop: leave padding where it is, so that no bit changes
         return TokenMap.identity(n, scores.shape[:-1], scores.device)
     k = int(counts.max())

@@ -38,7 +38,7 @@ def compress_text(
     whole = TokenMap.identity(len(text))
     seconds = 0.0
     for method in methods:
-        view.restrict(method.info.needs)
+        view.require(method.info.needs)
         for need in method.info.needs:
             getattr(view, need)  # models load before the clock runs
         start = time.perf_counter()

@@ -1,0 +1,65 @@
+"""PyramidKV: SnapKV with much cache in the lower layers and little in the upper ones."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.budget import Budget, Schedule
+from ..core.errors import ThriftError
+from ..core.method import method
+from ..core.tokenmap import TokenMap
+from ..core.view import View
+from ..ops.attention import window_scores
+from ..ops.topk import keep_top
+
+
+@method(
+    "pyramid_kv",
+    stage="cache",
+    paper="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+    arxiv="2406.02069",
+    needs=("keys", "attention", "mask", "layer", "layers"),
+)
+class PyramidKV:
+    """Keep what :class:`~tokenthrift.cache.snapkv.SnapKV` would, with budgets that fall linearly over the layers.
+
+    The budgets' mean over all layers is ``budget``. The last layer gets ``1/beta`` of it; more when the first layer
+    would otherwise need more than the prompt before the window. Where the last layer cannot even hold the window, all
+    layers get the same: then this is SnapKV, so keep ``budget`` above ``beta * window``.
+
+    Args:
+        budget: mean entries per key/value head, the window included: a count, or a ratio in (0, 1] of the prompt.
+        window: how many of the last queries vote.
+        kernel: width of the pooling, odd; 1 switches it off.
+        beta: steepness; 1 gives every layer the same.
+    """
+
+    budget: int | float = 512
+    window: int = 8
+    kernel: int = 5
+    beta: float = 20
+
+    def __post_init__(self) -> None:
+        count = Budget.of(self.budget).count
+        if self.window < 1 or (count is not None and count <= self.window):
+            raise ThriftError(f"pyramid_kv needs 1 <= window < budget, got window={self.window}, budget={self.budget}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ThriftError(f"pyramid_kv needs an odd kernel of at least 1, got {self.kernel}")
+        Schedule.pyramid(self.beta)
+
+    def budgets(self, n: int, layers: int) -> list[int]:
+        """Entries that each of ``layers`` layers keeps of a prompt of ``n`` tokens."""
+        mean = Budget.of(self.budget).tokens(n)
+        last = max(mean / self.beta, 2 * mean - (n - self.window))  # the first layer then gets 2 * mean - last
+        if not self.window <= last <= mean:
+            return [mean] * layers
+        return Schedule.linear(last / mean - 1).spread(mean, layers)
+
+    def reduce(self, view: View) -> TokenMap:
+        batch, kv_heads, n, _ = view.keys.shape
+        lengths = view.mask.sum(-1)
+        counts = torch.tensor([self.budgets(int(k), view.layers)[view.layer] for k in lengths], device=lengths.device)
+        if bool((counts == lengths).all()):
+            return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
+        rows = view.attention(min(self.window, int(counts.max())))
+        return keep_top(window_scores(rows, kv_heads, self.kernel), counts, view.mask)
