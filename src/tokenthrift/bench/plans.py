@@ -11,18 +11,18 @@ from ..core.errors import ThriftError
 from ..core.plan import Plan
 
 LANGUAGE = (
-    "cache=snapkv(budget=384)",
-    "cache=snapkv(budget=192)",
-    "cache=knorm(budget=384)",
-    "cache=streaming_llm(budget=384)",
-    "text=truncate(rate=0.6)",
-    "text=selective_context(rate=0.6)",
-    "text=embedding_sentences(rate=0.6)",
+    "cache=snapkv(budget=0.75)",
+    "cache=snapkv(budget=0.5)",
+    "cache=snapkv(budget=0.25)",
+    "cache=knorm(budget=0.75)",
+    "cache=streaming_llm(budget=0.75)",
+    "text=truncate(rate=0.75)",
+    "text=selective_context(rate=0.75)",
+    "text=embedding_sentences(rate=0.75)",
     "decode=prompt_lookup()",
-    "cache=snapkv(budget=384) decode=prompt_lookup()",
-    "text=embedding_sentences(rate=0.7) cache=snapkv(budget=384) decode=prompt_lookup()",
+    "text=embedding_sentences(rate=0.75) cache=snapkv(budget=0.5) decode=prompt_lookup()",
 )
-"""For language models: each stage alone at useful budgets, then what combines them."""
+"""For language models: each stage alone, then together. Shares, not counts, to fit prompts of any length."""
 
 VISION = ("vision=tome(keep=0.8)", "vision=tome(keep=0.6)", "vision=tome(keep=0.4)", "vision=tome(keep=0.25)")
 """For vision encoders: from careful to aggressive merging."""

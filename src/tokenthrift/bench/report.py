@@ -126,7 +126,7 @@ def caution(section: Section, max_loss: float) -> str:
     spread = max((r.spread for r in section.results if r.spread == r.spread), default=1.0)
     if spread > UNSTEADY:
         warnings.append(
-            f"Repeats of the same measurement took up to {number(spread, 1)}× as long as one another: other work on this "
+            f"Repeats of one measurement took up to {number(spread, 1)}× as long as each other: other work on this "
             "machine disturbed the times. Measure again on an idle machine, or with more --repeats."
         )
     if best.plan and best.loss_high > max_loss:

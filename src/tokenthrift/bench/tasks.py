@@ -250,6 +250,6 @@ def _generations(data: Data, ends: Ends, suite: Suite, rng: random.Random, room:
     ]
 
 
-def opening(code: str, lines: int = 3) -> str:
+def opening(code: str, lines: int = 8) -> str:
     """The first whole lines of a piece of code, with which its repetition begins."""
-    return "\n".join(code.split("\n")[: lines + 1]) + "\n"
+    return "\n".join(code.split("\n")[:lines]) + "\n"
