@@ -38,13 +38,15 @@ def generate(
 
     from ..api import apply
     from ..models.packs import load
+    from ..models.packs.quiet import quiet
 
     loaded, tokenizer = load(model)
     if not getattr(loaded, "can_generate", lambda: False)():
         raise ThriftError(f"{model} does not generate text: choose a causal language model")
     with apply(chosen, loaded, processor=tokenizer) as session:
         text, compressed = _shorten(session, chosen, document, question)
-        inputs = _encode(tokenizer, text, raw).to(loaded.device)
+        with quiet():  # of its warning that the prompt is long: what is too long is refused below
+            inputs = _encode(tokenizer, text, raw).to(loaded.device)
         _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)

@@ -69,15 +69,17 @@ class Report:
             f"plan: `{self.plan or 'none'}`; {self.forwards} forwards, "
             f"{self.flops / 1e9:.2f} GFLOPs ({self.flops_dense / 1e9:.2f} without the plan)",
             "",
-            "| stage | calls | tokens before | after | kept | MB before | MB after | seconds | more |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+            "| stage | calls | tokens before | after | kept | MB before | MB after | seconds |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for name, r in self.stages.items():
-            more = ", ".join(f"{k} {v:.4g}" for k, v in r.extra.items())
             lines.append(
                 f"| {name} | {r.calls} | {r.tokens_before:,} | {r.tokens_after:,} | {r.kept:.1%} | "
-                f"{r.bytes_before / 1e6:.2f} | {r.bytes_after / 1e6:.2f} | {r.seconds:.4f} | {more} |"
+                f"{r.bytes_before / 1e6:.2f} | {r.bytes_after / 1e6:.2f} | {r.seconds:.4f} |"
             )
+        for name, r in self.stages.items():
+            if r.extra:
+                lines += ["", f"{name}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in r.extra.items())]
         return "\n".join(lines)
 
     __str__ = to_markdown
