@@ -172,8 +172,9 @@ def test_to_markdown(plan):
     report = filled(plan).report()
     lines = report.to_markdown().split("\n")
     assert lines[0] == f"plan: `{plan}`; 2 forwards, 3.00 GFLOPs (6.00 without the plan)"
-    assert lines[4] == "| cache | 2 | 200 | 100 | 50.0% | 4.00 | 1.00 | 0.7500 | evictions 3 |"
-    assert {line.count("|") for line in lines[2:]} == {10}
+    assert lines[4] == "| cache | 2 | 200 | 100 | 50.0% | 4.00 | 1.00 | 0.7500 |"
+    assert {line.count("|") for line in lines[2:] if line.startswith("|")} == {9}
+    assert lines[-2:] == ["", "cache: evictions 3"]
     assert str(report) == report.to_markdown()
     assert "plan: `none`" in Session(Plan(), FakeAdapter()).report().to_markdown()
 
