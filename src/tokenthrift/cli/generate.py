@@ -62,7 +62,10 @@ def generate(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    Console(stderr=True).print(Markdown(session.report().to_markdown()))
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=132)  # a file or a pipe has no width
+    console.print(Markdown(session.report().to_markdown()))
 
 
 def _shorten(session: Any, plan: Any, document: str, question: str) -> tuple[str, Any]:
