@@ -198,6 +198,28 @@ def test_beam_search_and_a_second_turn_work():
     assert second.shape == (2, 36 + 7 + 4)
 
 
+def test_a_reset_cache_takes_a_new_prompt():
+    model, first, second = tiny("llama"), prompt(length=30), prompt(length=50, seed=1)
+    with tt.apply("knorm(budget=10)", model), torch.no_grad():
+        cache = model(**first).past_key_values
+        cache.reset()
+        out = model(**second, past_key_values=cache)
+        torch.testing.assert_close(out.logits, model(**second).logits)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [10, 10]
+    assert cache.get_seq_length() == 50
+
+
+def test_positions_are_those_of_the_text():
+    model, inputs = tiny("llama"), prompt(length=30)
+    with tt.apply("streaming_llm(budget=6, sinks=2)", model), torch.no_grad():
+        cache = model(**inputs).past_key_values
+        model(inputs["input_ids"][:, :3], past_key_values=cache)
+        assert cache.layers[0].positions[1, 1].tolist() == [0, 1, 26, 27, 28, 29, 30, 31, 32]
+        cache.crop(-2)
+    assert cache.layers[1].positions[0, 0].tolist() == [0, 1, 26, 27, 28, 29, 30]
+    assert cache.get_seq_length() == 31
+
+
 def test_unsupported_caches_and_attention_say_what_to_do():
     model, inputs = tiny("llama"), prompt()
     with tt.apply("knorm(budget=8)", model), pytest.raises(tt.ThriftError, match="StaticLayer"):

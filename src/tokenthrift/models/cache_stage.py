@@ -81,7 +81,7 @@ class CacheWatcher:
         self.cache = self.rotary = None  # hold no reference between calls
         if cache is None or not self.prompt or query.shape[-2] == 1 or getattr(stored, "is_sliding", False):
             return
-        if type(stored) is not DynamicLayer:
+        if type(stored) not in (DynamicLayer, ReducedLayer):  # a reset cache keeps its reduced layers, empty
             raise ThriftError(
                 f"layer {self.layer} caches in a {type(stored).__name__}, which cannot be reduced; "
                 "use the default cache (no cache_implementation, no quantized or offloaded cache)"

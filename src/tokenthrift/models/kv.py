@@ -19,7 +19,6 @@ class ReducedLayer(DynamicLayer):
 
     Attributes:
         keys, values: ``(batch, kv_heads, stored, head_dim)``.
-        positions: ``(batch, kv_heads, stored)`` int64, where the kept entries stood in the prompt.
         real: ``(batch, kv_heads, stored)`` bool, false for padding and in rows that keep fewer; None if all are.
         seen: tokens that passed through the layer.
 
@@ -37,7 +36,7 @@ class ReducedLayer(DynamicLayer):
         self.dtype, self.device = keys.dtype, keys.device
         self.seen = keys.shape[-2]
         self.keys, self.values = map.apply(keys), map.apply(values)
-        self.positions = map.positions("anchor")
+        self._kept = map.positions("anchor")
         real = map.mask & mask.unsqueeze(1).expand(keys.shape[:-1]).gather(-1, map.anchors)
         self.real: Tensor | None = None if bool(real.all()) else real
         self.is_initialized = True
@@ -48,14 +47,20 @@ class ReducedLayer(DynamicLayer):
         return self.seen - int(self.keys.shape[-2])
 
     @property
+    def positions(self) -> Tensor:
+        """``(batch, kv_heads, stored)`` int64: where the entries stand in the text, prompt and later tokens."""
+        kept = self._kept[..., : self.keys.shape[-2]]
+        later = self.keys.shape[-2] - kept.shape[-1]
+        fresh = torch.arange(self.seen - later, self.seen, device=kept.device)
+        return torch.cat([kept, fresh.expand(*kept.shape[:-1], later)], dim=-1)
+
+    @property
     def entries(self) -> int:
         """Real entries stored, over all rows and heads."""
-        return self.positions.numel() if self.real is None else int(self.real.sum())
+        return self.keys.shape[:-1].numel() if self.real is None else int(self.real.sum())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
-        fresh = torch.arange(self.seen, self.seen + new, device=self.positions.device)
-        self.positions = torch.cat([self.positions, fresh.expand(*self.positions.shape[:-1], new)], dim=-1)
         if self.real is not None:
             self.real = torch.nn.functional.pad(self.real, (0, new), value=True)
         self.seen += new
@@ -65,19 +70,20 @@ class ReducedLayer(DynamicLayer):
         return self.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = self.keys.shape[-2]
+        stored = self.keys.shape[-2] if self.is_initialized else 0
         return stored + query_length, self.seen - stored
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` tokens (rejected drafts)."""
         super().crop(tokens_to_remove)
-        self._cut(self.keys.shape[-2])
+        stored = self.keys.shape[-2]
+        self._rows(lambda t: t[..., :stored])
         self.seen -= abs(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
         self.seen, self.real = 0, None
-        self.positions = self.positions[..., :0]
+        self._kept = self._kept[..., :0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -92,8 +98,5 @@ class ReducedLayer(DynamicLayer):
         self._rows(lambda t: t[indices, ...])
 
     def _rows(self, change: Any) -> None:
-        self.positions = change(self.positions)
+        self._kept = change(self._kept)
         self.real = None if self.real is None else change(self.real)
-
-    def _cut(self, stored: int) -> None:
-        self._rows(lambda t: t[..., :stored])
