@@ -198,6 +198,20 @@ def test_beam_search_and_a_second_turn_work():
     assert second.shape == (2, 36 + 7 + 4)
 
 
+@ALL
+@BOTH
+@pytest.mark.parametrize("pad", [0, 30])
+def test_drafts_over_a_reduced_cache_give_the_tokens_of_plain_decoding(family, attention, pad):
+    """Verification forwards of several tokens, and taking rejected ones back, on layers that hold few entries."""
+    model, inputs = tiny(family, attention), prompt(length=40, pad=pad)
+    inputs["input_ids"][:, 32:] = inputs["input_ids"][:, 31:39]  # something to copy
+    with tt.apply("knorm(budget=16)", model):
+        plain = generate(model, inputs, 24)
+    with tt.apply("knorm(budget=16) decode=prompt_lookup(adaptive=False)", model) as session:
+        assert torch.equal(generate(model, inputs, 24), plain)
+    assert session.report().stages["decode"].extra["drafted"] > 0
+
+
 def test_a_reset_cache_takes_a_new_prompt():
     model, first, second = tiny("llama"), prompt(length=30), prompt(length=50, seed=1)
     with tt.apply("knorm(budget=10)", model), torch.no_grad():

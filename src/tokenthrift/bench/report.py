@@ -57,6 +57,9 @@ def size(value: float) -> str:
 # ---- terminal -------------------------------------------------------------------------------------------------------
 
 
+NBSP = "\u00a0"  # keeps a mark on the line of its plan
+
+
 def table(section: Section, narrow: bool = False) -> Table:
     """The section's results as a rich table; ``narrow`` leaves out what the report has anyway."""
     from rich.markup import escape
@@ -97,7 +100,7 @@ def table(section: Section, narrow: bool = False) -> Table:
         if r.error:
             shown.add_row(f"  {escape(r.name)}\n  [red]failed: {escape(r.error)}[/red]")
             continue
-        label = f"{'★ ' if r.recommended else '• ' if r.pareto else '  '}{escape(r.name)}"
+        label = f"{'★' if r.recommended else '•' if r.pareto else NBSP}{NBSP}{escape(r.name)}"
         style = "bold green" if r.recommended else "" if r.pareto else "dim"
         cells = [show(r) for show in columns.values()]
         shown.add_row(label, *cells, style=style)
