@@ -76,10 +76,21 @@ def test_numbers_come_back_as_they_were():
     assert math.isnan(Plan.parse("window(size=nan)").at("cache")[0].size)
 
 
-def test_only_what_differs_from_the_defaults_is_printed():
-    assert str(Plan.parse("topk(keep=1.0, mode='mean', heads=none, sink=false)")) == "cache=topk()"
-    assert str(Plan.parse("topk(keep=0.5, mode=mean)")) == "cache=topk(keep=0.5)"
-    assert str(Plan.parse("window(size=1, limit=inf, weights=[1, 2])")) == "cache=window(size=1)"
+def test_what_was_written_is_printed_and_of_the_rest_what_differs_from_the_defaults():
+    assert str(Plan.parse("topk(keep=1.0, sink=false)")) == "cache=topk(keep=1.0, sink=False)"
+    assert str(Plan.parse("topk(mode=mean, keep=0.5)")) == "cache=topk(keep=0.5, mode='mean')"
+    assert str(Plan.parse("window(size=1)")) == "cache=window(size=1)"
+    assert str(Plan(cache=find("topk").make(keep=0.5, mode="mean"))) == "cache=topk(keep=0.5)"
+    assert Plan.parse("topk(keep=1.0)").to_yaml() == "cache:\n  topk:\n    keep: 1.0\n"
+
+
+def test_writing_a_default_out_changes_nothing_but_the_print():
+    written, plain = Plan.parse("topk(keep=1.0, mode='mean', heads=none, sink=false)"), Plan.parse("topk()")
+    assert written == plain and hash(written) == hash(plain)
+    assert str(Plan.parse(str(written))) == str(written) != str(plain)
+
+
+def test_numbers_of_different_kinds_are_different_plans():
     # 1 is one token, 1.0 all of them: equal in Python, but not the same plan
     assert str(Plan.parse("topk(keep=1)")) == "cache=topk(keep=1)"
     assert Plan.parse("topk(keep=1)") != Plan.parse("topk(keep=1.0)")

@@ -241,7 +241,8 @@ class LanguageJob(Job):
         self.cases = build_cases(data, processor, self.suite, self.seed, limit)
         self.runner = LanguageBench(self.model, processor)
         # The decode stage changes no distribution: plans that differ in it only share their quality rows.
-        self.measured = {plan: without_decode(plan) for plan in self.everything}
+        quality: dict[Plan, Plan] = {}  # equal plans may be written differently: rows bear the name of the first
+        self.measured = {plan: quality.setdefault(p := without_decode(plan), p) for plan in self.everything}
 
     def data_parts(self) -> Iterator[str]:
         return (str(case) for case in self.cases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from .method import STAGES, MethodInfo, find
 
 @dataclass(frozen=True)
 class Step:
-    """One method with its parameters, e.g. ``cache=snapkv(budget=512)``."""
+    """One method with its parameters, e.g. ``cache=snapkv(budget=512)``.
+
+    ``given`` names the parameters that were written out: they are printed even where they are the defaults.
+    """
 
     stage: str
     method: Any
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def info(self) -> MethodInfo:
@@ -31,7 +35,13 @@ class Step:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters that differ from the defaults."""
+        """The parameters that were given or differ from the defaults."""
+        changed = self.changed
+        return {k: getattr(self.method, k) for k in self.info.defaults if k in changed or k in self.given}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The parameters that differ from the defaults: what makes two steps of one method different."""
         # Compared as printed: 1 and 1.0 are different budgets, and nan equals nan.
         values = ((k, getattr(self.method, k), default) for k, default in self.info.defaults.items())
         return {k: v for k, v, default in values if repr(v) != repr(default)}
@@ -131,8 +141,8 @@ class Plan:
 
     @property
     def _key(self) -> tuple[str, ...]:
-        """What makes two plans equal: the same steps as printed, in the same order within each stage."""
-        return tuple(str(step) for stage in STAGES for step in self.steps if step.stage == stage)
+        """What makes two plans equal: the same methods with the same parameters, in the same order within a stage."""
+        return tuple(f"{s.stage}={s.name}({s.changed})" for stage in STAGES for s in self.steps if s.stage == stage)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.steps))
@@ -177,7 +187,8 @@ def _step(stage: str, call: Any) -> Step:
         raise ThriftError(f"cannot read {call!r} at stage '{stage}': write method(param=value)")
     if params is not None and not isinstance(params, Mapping):
         raise ThriftError(f"the parameters of {name} must be named: write {name}(param=value)")
-    return Step(stage, find(str(name), stage).make(**{str(k): v for k, v in (params or {}).items()}))
+    named = {str(k): v for k, v in (params or {}).items()}
+    return Step(stage, find(str(name), stage).make(**named), given=tuple(named))
 
 
 def _parse_call(text: str) -> tuple[str, dict[str, Any]]:
