@@ -57,9 +57,6 @@ def size(value: float) -> str:
 # ---- terminal -------------------------------------------------------------------------------------------------------
 
 
-NBSP = "\u00a0"  # keeps a mark on the line of its plan
-
-
 def table(section: Section, narrow: bool = False) -> Table:
     """The section's results as a rich table; ``narrow`` leaves out what the report has anyway."""
     from rich.markup import escape
@@ -93,17 +90,18 @@ def table(section: Section, narrow: bool = False) -> Table:
         }
     if narrow:
         columns = {name: show for name, show in columns.items() if name in ("loss", "KV", "FLOPs", "time")}
+    shown.add_column("", width=1)
     shown.add_column("plan", overflow="fold", min_width=24, ratio=1)
     for name in columns:
         shown.add_column(name, justify="right", no_wrap=True)
     for r in section.results:
         if r.error:
-            shown.add_row(f"  {escape(r.name)}\n  [red]failed: {escape(r.error)}[/red]")
+            shown.add_row("", f"{escape(r.name)}\n[red]failed: {escape(r.error)}[/red]")
             continue
-        label = f"{'★' if r.recommended else '•' if r.pareto else NBSP}{NBSP}{escape(r.name)}"
+        mark = "★" if r.recommended else "•" if r.pareto else ""
         style = "bold green" if r.recommended else "" if r.pareto else "dim"
         cells = [show(r) for show in columns.values()]
-        shown.add_row(label, *cells, style=style)
+        shown.add_row(mark, escape(r.name), *cells, style=style)
     return shown
 
 
