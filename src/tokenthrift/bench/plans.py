@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import ThriftError
-from ..core.plan import Plan
+from ..core.plan import Plan, file_text, load_yaml
 
 LANGUAGE = (
     "cache=snapkv(budget=0.75)",
@@ -48,14 +47,8 @@ def read_plans(values: Iterable[Plan | str | os.PathLike[str] | Mapping[str, Any
 
 
 def _read(value: Any) -> list[Plan]:
-    if not (isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith((".yaml", ".yml")))):
+    text = file_text(value)
+    if text is None:
         return [Plan.of(value)]
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ThriftError(f"cannot read the plan file {os.fspath(value)}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ThriftError(f"{os.fspath(value)} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = load_yaml(text, os.fspath(value))
     return [Plan.of(item) for item in data] if isinstance(data, list) else [Plan.of(data)]

@@ -78,12 +78,7 @@ class Plan:
     @classmethod
     def from_yaml(cls, text: str) -> Plan:
         """From YAML: ``stage: {method: {param: value}}``, or ``stage: method``, or a list of these."""
-        import yaml
-
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ThriftError(f"the plan is not valid YAML: {error}") from None
+        data = load_yaml(text)
         return cls.parse(data) if isinstance(data, str) else cls.of(data)
 
     @classmethod
@@ -95,11 +90,8 @@ class Plan:
             return cls()
         if isinstance(value, Mapping):
             return cls(steps=tuple(_steps_of(value)))
-        if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith((".yaml", ".yml"))):
-            try:
-                return cls.from_yaml(Path(value).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise ThriftError(f"cannot read the plan file {os.fspath(value)}: {error}") from None
+        if (text := file_text(value)) is not None:
+            return cls.from_yaml(text)
         if isinstance(value, str):
             return cls.parse(value)
         raise ThriftError(f"a plan is text, a mapping or a YAML file, not {type(value).__name__}")
@@ -149,6 +141,26 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan.parse({str(self)!r})"
+
+
+def file_text(value: Any) -> str | None:
+    """The text of a plan file, if ``value`` is a path or names a YAML file; else None."""
+    if not (isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith((".yaml", ".yml")))):
+        return None
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ThriftError(f"cannot read the plan file {os.fspath(value)}: {error}") from None
+
+
+def load_yaml(text: str, name: str = "the plan") -> Any:
+    """The data of a YAML text, called ``name`` in the error."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ThriftError(f"{name} is not valid YAML: {error}") from None
 
 
 def _stage_and_call(word: str) -> tuple[str, str]:
