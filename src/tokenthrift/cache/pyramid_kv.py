@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..core.budget import Budget, Schedule
-from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import window_scores
 from ..ops.topk import keep_top
+from .snapkv import check_window
 
 
 @method(
@@ -40,11 +40,7 @@ class PyramidKV:
     beta: float = 20
 
     def __post_init__(self) -> None:
-        count = Budget.of(self.budget).count
-        if self.window < 1 or (count is not None and count <= self.window):
-            raise ThriftError(f"pyramid_kv needs 1 <= window < budget, got window={self.window}, budget={self.budget}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ThriftError(f"pyramid_kv needs an odd kernel of at least 1, got {self.kernel}")
+        check_window("pyramid_kv", self.budget, self.window, self.kernel)
         Schedule.pyramid(self.beta)
 
     def budgets(self, n: int, layers: int) -> list[int]:

@@ -35,11 +35,7 @@ class SnapKV:
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        count = Budget.of(self.budget).count
-        if self.window < 1 or (count is not None and count <= self.window):
-            raise ThriftError(f"snapkv needs 1 <= window < budget, got window={self.window}, budget={self.budget}")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ThriftError(f"snapkv needs an odd kernel of at least 1, got {self.kernel}")
+        check_window("snapkv", self.budget, self.window, self.kernel)
 
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape
@@ -48,3 +44,12 @@ class SnapKV:
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
         window = min(self.window, budget.tokens(n))
         return keep_top(window_scores(view.attention(window), kv_heads, self.kernel), budget, view.mask)
+
+
+def check_window(name: str, budget: int | float, window: int, kernel: int) -> None:
+    """Refuse a window that does not fit into the budget, and a kernel without a middle."""
+    count = Budget.of(budget).count
+    if window < 1 or (count is not None and count <= window):
+        raise ThriftError(f"{name} needs 1 <= window < budget, got window={window}, budget={budget}")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ThriftError(f"{name} needs an odd kernel of at least 1, got {kernel}")
