@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) -> None:
     """Hook the model's forward until ``undo`` closes; adds each call to ``session.flops`` and ``flops_dense``."""
     costs = adapter.costs
-    keys_before: dict[str, list[tuple[int, int]]] = {}
+    nothing = [(0, 0)] * costs.layers
+    held = nothing
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note, per layer, the entries in the cache and those that a full cache would hold."""
+        nonlocal held
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
-        # Per layer: entries that this forward attends to beside its own tokens, and those that a full cache would hold.
-        held = [] if cache is None else [(sizes[0], layer.get_seq_length()) for layer, sizes in _layers(cache)]
-        keys_before["held"] = held if len(held) == costs.layers else [(0, 0)] * costs.layers
+        held = [_entries(layer) for layer in cache.layers] if cache is not None else nothing
+        if len(held) != costs.layers:  # a cache whose layers are made at their first use
+            held = nothing
 
     def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tokens = next(
@@ -30,7 +33,6 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
         )
         batch, new = tokens.shape[:2]
         logits = output.logits if hasattr(output, "logits") else output[0]
-        held = keys_before.pop("held", [(0, 0)] * costs.layers)
         session.count_forward(
             batch * costs.flops(new, [stored + new for stored, _ in held], logits.shape[1]),
             batch * costs.flops(new, [seen + new for _, seen in held], logits.shape[1]),
@@ -40,6 +42,6 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
     undo.callback(adapter.model.register_forward_hook(after, with_kwargs=True).remove)
 
 
-def _layers(cache: Cache) -> list[tuple[Any, tuple[int, int]]]:
-    """Layers of a cache with their ``(entries, offset)``; empty layers hold nothing yet."""
-    return [(layer, layer.get_mask_sizes(0) if layer.is_initialized else (0, 0)) for layer in cache.layers]
+def _entries(layer: Any) -> tuple[int, int]:
+    """How many entries a cache layer has, and how many tokens it has seen."""
+    return (layer.get_mask_sizes(0)[0] if layer.is_initialized else 0, layer.get_seq_length())
