@@ -19,6 +19,7 @@ from .. import __version__
 from ..api import apply
 from ..core.errors import ThriftError, did_you_mean
 from ..core.plan import Plan
+from ..models.decoder import context_length
 from ..models.images import ImageProcessor
 from . import plans as plan_sets
 from .data import Data, default_data, load_data, names
@@ -237,8 +238,7 @@ class LanguageJob(Job):
             raise ThriftError(f"{self.label} is a language model: pass its tokenizer as processor=")
         if data.images and not (data.documents or data.prompts):
             raise ThriftError(f"{self.label} reads text, not images: give text, Markdown or JSONL files")
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.cases = build_cases(data, processor, self.suite, self.seed, limit)
+        self.cases = build_cases(data, processor, self.suite, self.seed, context_length(self.model))
         self.runner = LanguageBench(self.model, processor)
         # The decode stage changes no distribution: plans that differ in it only share their quality rows.
         quality: dict[Plan, Plan] = {}  # equal plans may be written differently: rows bear the name of the first

@@ -77,7 +77,9 @@ def _shorten(session: Any, plan: Any, document: str, question: str) -> tuple[str
 
 
 def _check_length(model: Any, prompt: int, new: int) -> None:
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    from ..models.decoder import context_length
+
+    room = context_length(model)
     if room is not None and prompt + new > room:
         raise ThriftError(
             f"the prompt has {prompt:,} tokens, with {new:,} to generate that is more than the {room:,} that the model "

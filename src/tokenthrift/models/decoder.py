@@ -59,6 +59,11 @@ class DecoderAdapter:
             install_decode(self, methods[0], session, undo)
 
 
+def context_length(model: Any) -> int | None:
+    """The longest sequence, in tokens, that a model's positions allow; None where nothing limits it."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def find_attentions(model: Any) -> list[nn.Module]:
     """The self-attention modules of the decoder layers, in layer order."""
     found = [

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, encode, token_spans
+from .decoder import context_length
 
 
 class Scorer:
@@ -45,10 +46,9 @@ class Scorer:
     ) -> None:
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise ThriftError(f"{type(model).__name__} gives no token probabilities: a scorer needs a causal LM")
-        config = model.config.get_text_config(decoder=True)
         self.model = model
         self.tokenizer = tokenizer
-        self.window = min(window, getattr(config, "max_position_embeddings", None) or window)
+        self.window = min(window, context_length(model) or window)
         self.overlap = min(overlap, self.window // 2)
         self.batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 16384)
         self.progress = progress
