@@ -18,7 +18,9 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 TEXTS = {
     "bert": lambda: BertModel(BertConfig(**SIZES)),
     "roberta": lambda: RobertaModel(RobertaConfig(**SIZES, max_position_embeddings=80)),
-    "distilbert": lambda: DistilBertModel(DistilBertConfig(dim=24, n_layers=3, n_heads=2, hidden_dim=48, vocab_size=50)),
+    "distilbert": lambda: DistilBertModel(
+        DistilBertConfig(dim=24, n_layers=3, n_heads=2, hidden_dim=48, vocab_size=50)
+    ),
     "clip-text": lambda: CLIPTextModel(CLIPTextConfig(**SIZES, eos_token_id=3, bos_token_id=4, pad_token_id=1)),
 }
 

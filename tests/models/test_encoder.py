@@ -378,9 +378,9 @@ def test_models_that_do_not_fit_say_what_does():
 
 
 def test_an_image_smaller_than_a_patch():
-    with tt.apply("vision=tome(r=2)", build("dinov2")) as session:
-        with pytest.raises(tt.ThriftError, match=r"5 x 40 pixels is smaller than a patch \(8 x 8\)"):
-            features(session.adapter.model, pixels(1, 5, 40))
+    model, too_small = build("dinov2"), r"5 x 40 pixels is smaller than a patch \(8 x 8\)"
+    with pytest.raises(tt.ThriftError, match=too_small), tt.apply("vision=tome(r=2)", model):
+        features(model, pixels(1, 5, 40))
 
 
 def test_masked_tokens_are_left_out_of_the_reduction():

@@ -68,7 +68,7 @@ def test_equals_the_merged_post_norm_layer_written_out(name, method):
             for p in (("query", "key", "value") if name == "bert" else ("q_lin", "k_lin", "v_lin"))
         )
         scores = q @ k.transpose(-1, -2) / 12**0.5
-        mixed = ((scores + sizes.log()[:, None, None] if method.prop_attn else scores).softmax(-1) @ v)
+        mixed = (scores + sizes.log()[:, None, None] if method.prop_attn else scores).softmax(-1) @ v
         mixed = mixed.transpose(1, 2).flatten(2)
         h = layer.attention.output(mixed, h) if name == "bert" else layer.sa_layer_norm(own.out_lin(mixed) + h)
         view = tt.View(

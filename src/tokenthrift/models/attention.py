@@ -169,7 +169,9 @@ class _ReplaceSDPA(TorchFunctionMode):
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"), args, strict=False))
-        query, key, value, mask, scale = ({**call, **kwargs}.get(n) for n in ("query", "key", "value", "attn_mask", "scale"))
+        query, key, value, mask, scale = (
+            {**call, **kwargs}.get(n) for n in ("query", "key", "value", "attn_mask", "scale")
+        )
         rest = {k: v for k, v in {**call, **kwargs}.items() if k not in ("query", "key", "value", "attn_mask", "scale")}
         assert query is not None and key is not None and value is not None
         scaling = query.shape[-1] ** -0.5 if scale is None else scale

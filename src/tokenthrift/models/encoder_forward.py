@@ -96,8 +96,10 @@ class Forward:
     """The layer's full attention, if a method asked for it."""
     fused: Tensor | None = None
     """Attention of the reduced tokens that takes the place of the layer's own."""
-    replay: bool = False
-    """A layer is computed once more for its gradients."""
+    partial: bool = False
+    """Begun at the patch embedding: the encoder itself was not called, only a part of it."""
+    replay: str = ""
+    """What is computed once more for its gradients: a ``layer``, or the ``inside`` of one; or nothing."""
     seconds: float = 0.0
 
     @property
@@ -118,9 +120,9 @@ class Forward:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self.seconds += time.perf_counter() - self._started
 
-    def snapshot(self) -> Forward:
-        """This state, for computing the coming layer again."""
-        return replace(self, widths=list(self.widths), maps=list(self.maps), seen={}, replay=True)
+    def snapshot(self, replay: str) -> Forward:
+        """This state, for computing a layer again."""
+        return replace(self, widths=list(self.widths), maps=list(self.maps), seen={}, whole=None, replay=replay)
 
     # ---- its life ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +218,9 @@ class Forward:
             features=h,
             keys=Lazy(partial(heads, 1)),
             attention=Lazy(lambda: attention),
-            sizes=Lazy(lambda: torch.ones(h.shape[:2], device=h.device) if self.sizes is None else rows.take(self.sizes)),
+            sizes=Lazy(
+                lambda: torch.ones(h.shape[:2], device=h.device) if self.sizes is None else rows.take(self.sizes)
+            ),
             protected=Lazy(lambda: self._protected(rows, h)),
             prefix=self.prefix,
             grid=grid,
@@ -237,7 +241,9 @@ class Forward:
         """Softmax attention of all tokens, padding included: ``(batch, heads, tokens, tokens)``."""
         if self.whole is None:
             family, seen = self.parts.family, project()
-            queries, keys = (self.parts.split(self.layer, p, seen[p], n) for n, p in enumerate((family.query, family.key)))
+            queries, keys = (
+                self.parts.split(self.layer, p, seen[p], n) for n, p in enumerate((family.query, family.key))
+            )
             scores = queries @ keys.transpose(-1, -2) * self._scaling
             bias = attention_bias(self.sizes if self.prop_attn else None, self.real, self.last)
             self.whole = torch.softmax(scores if bias is None else scores + bias, dim=-1)
@@ -303,8 +309,9 @@ def _together(
         whole.append(packed if map is None else packed.then(map))
     stacked = TokenMap.stack(whole)
     back = torch.cat([rows.rows for rows in shown if rows.rows is not None]).argsort()
-    moved = {name: getattr(stacked, name) for name in ("source", "target", "weight", "share", "anchor")}
-    map = replace(stacked, **{name: None if t is None else t[back] for name, t in moved.items()})
+    moved: dict[str, Any] = {name: getattr(stacked, name) for name in ("source", "target", "weight", "share", "anchor")}
+    changes: dict[str, Any] = {name: None if t is None else t[back] for name, t in moved.items()}
+    map = replace(stacked, **changes)
     if all(f is None for f in features):
         return map, None
     combined = map.apply(h)
@@ -312,4 +319,3 @@ def _together(
         if made is not None and rows.rows is not None:
             combined[rows.rows, : made.shape[1]] = made.to(combined.dtype)
     return map, combined
-

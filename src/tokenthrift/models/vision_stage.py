@@ -2,23 +2,24 @@
 
 Where a method acts is its ``placement``:
 
-``between`` attention and MLP (the default). A pre-norm layer computes ``h = x + attention(x)`` and returns
-``h + mlp(h)``. Hooks cannot shorten the residual ``h``, but with a reduction ``M`` and a lift ``U`` for which
-``M U = I`` they need not: ``M (h + U mlp(M h)) = M h + mlp(M h)`` is the layer with its tokens reduced between attention
-and MLP. So the second norm gets ``M h``, the output of the MLP is lifted with ``U``, and the layer's output is reduced
-with ``M``. The identity holds for pruning and merging, with any LayerScale after the MLP; the MLP runs on the few tokens
+``between`` attention and MLP (the default). A pre-norm layer computes ``h = x + attention(x)`` and returns ``h +
+mlp(h)``. Hooks cannot shorten the residual ``h``, but with a reduction ``M`` and a lift ``U`` for which ``M U = I``
+they need not: ``M (h + U mlp(M h)) = M h + mlp(M h)`` is the layer with its tokens reduced between attention and MLP.
+So the second norm gets ``M h``, the output of the MLP is lifted with ``U``, and the layer's output is reduced with
+``M``. The identity holds for pruning and merging, with any LayerScale after the MLP; the MLP runs on the few tokens
 only. In post-norm layers ``h`` is the output of a norm, and it is enough to shorten that.
 
 ``boundary``: the input of a layer is reduced. Any map will do. Before it, ``join`` may make sequences of several rows
 (frames). With ``fused_attention`` the layer takes ``W A P^T`` of the attention ``A`` before the reduction as its own.
 
-``around``: the input of a sub-layer (``on``: attention, mlp, or kernel: the queries, keys and values) is reduced and its
-output unmerged, so that the length of the stream stays.
+``around``: the input of a sub-layer (``on``: attention, mlp, or kernel: the queries, keys and values) is reduced and
+its output unmerged, so that the length of the stream stays.
 
 A method has ``reduce(view) -> TokenMap | None``: None leaves the layer as it is, and then nothing is computed for it.
 Protected tokens of the prefix must come out first, in their order. ``combine(view, map)`` may make the merged features
-itself. A method whose ``prop_attn`` is true gets proportional attention: ``log(size)`` is added to the attention scores,
-so a token counts as often as it has sources; kernels that take no such mask get it as one more channel of the keys.
+itself. A method whose ``prop_attn`` is true gets proportional attention: ``log(size)`` is added to the attention
+scores, so a token counts as often as it has sources; kernels that take no such mask get it as one more channel of the
+keys.
 """
 
 from __future__ import annotations
@@ -111,25 +112,28 @@ class _Runtime:
                 hook(module.register_forward_pre_hook, self.restore)
         unlike = {id(layer): layer for layer in self.layers}.values()  # a layer may be there several times
         for layer in unlike:
+            norm, mlp = part(layer, family.norm), None if family.post_norm else part(layer, family.mlp)
             hook(layer.register_forward_pre_hook, self.before_layer, with_kwargs=True)
             if self.placement == "between":
                 for path in self.wanted:
                     hook(part(layer, path).register_forward_hook, partial(self.see_projection, path))
-                norm = part(layer, family.norm)
-                if family.post_norm:
+                if mlp is None:
                     hook(norm.register_forward_hook, self.after_norm)
                 else:
                     hook(norm.register_forward_pre_hook, self.before_norm)
-                    hook(part(layer, family.mlp).register_forward_hook, self.after_mlp)
+                    hook(mlp.register_forward_hook, self.after_mlp)
             if "attention" in self.on:
                 hook(part(layer, family.attention).register_forward_pre_hook, self.merge_input, with_kwargs=True)
                 hook(part(layer, family.attention).register_forward_hook, self.unmerge_output)
-            if "mlp" in self.on:
-                hook(part(layer, family.mlp).register_forward_pre_hook, self.merge_input, with_kwargs=True)
-                hook(part(layer, family.mlp).register_forward_hook, self.unmerge_output)
+            if mlp is not None and "mlp" in self.on:
+                hook(mlp.register_forward_pre_hook, self.merge_input, with_kwargs=True)
+                hook(mlp.register_forward_hook, self.unmerge_output)
             # In front, so that the hooks by which transformers collects hidden states see the reduced ones.
             hook(layer.register_forward_hook, self.after_layer, prepend=True)
             hook(layer.register_forward_hook, self.end_replay, always_call=True)
+            # Gradient checkpointing may compute the inside of a layer again, without the layer's own hooks.
+            hook(part(layer, family.first_norm or family.attention).register_forward_pre_hook, self.begin_inside)
+            hook((mlp or norm).register_forward_hook, self.end_replay_inside, always_call=True)
         attend = self.attend()
         if attend is not None:
             replace_attention(self.parts.attentions, lambda module: attend, undo, (*BASES, *FLASH))
@@ -146,7 +150,9 @@ class _Runtime:
         mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
         if isinstance(mask, Tensor):
             if mask.dim() != 2:
-                raise ThriftError(f"an attention_mask of {mask.dim()} dimensions cannot be reduced: give (batch, tokens)")
+                raise ThriftError(
+                    f"an attention_mask of {mask.dim()} dimensions cannot be reduced: give (batch, tokens)"
+                )
             now.given = mask.bool()
             now.real = None if bool(now.given.all()) else now.given
         if "segments" in self.method.info.needs:
@@ -159,14 +165,16 @@ class _Runtime:
         image = next((x for x in given.values() if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is not None and (image.shape[-2] < side[0] or image.shape[-1] < side[1]):
             h, w = image.shape[-2:]
-            raise ThriftError(f"an image of {h} x {w} pixels is smaller than a patch ({side[0]} x {side[1]}): enlarge it")
+            raise ThriftError(
+                f"an image of {h} x {w} pixels is smaller than a patch ({side[0]} x {side[1]}): enlarge it"
+            )
 
     def segments(self, ids: Any) -> Tensor:
         """The groups of tokens that belong together, from the tokenizer: ``(batch, tokens)``."""
         tokenizer = getattr(self.session.processor, "tokenizer", self.session.processor)
         if tokenizer is None or ids is None:
             raise ThriftError(
-                f"{self.name} needs input_ids and their tokenizer: write tokenthrift.apply(plan, model, processor=tokenizer)"
+                f"{self.name} needs input_ids and their tokenizer: write apply(plan, model, processor=tokenizer)"
             )
         from .segments import identifier_groups
 
@@ -174,13 +182,21 @@ class _Runtime:
         return torch.tensor(rows, device=ids.device)
 
     def see_grid(self, patches: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if self.idle or (self.now is not None and self.now.partial):  # timm's forward_features, without forward
+            self.now = Forward(self.parts, self.prop_attn, partial=True)
         if self.now is not None:
             self.now.grid = (1, out.shape[-2], out.shape[-1])
 
     def restore(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.now is None or not (self.now.maps or self.now.frames > 1):
+        now = self.now
+        if now is None or now.replay:
             return None
-        return self.dense(self.now, args[0]), *args[1:]
+        if now.partial and now.widths:
+            self.write(now)
+            self.now = None
+        if not (now.maps or now.frames > 1):
+            return None
+        return self.dense(now, args[0]), *args[1:]
 
     def dense(self, now: Forward, tokens: Tensor) -> Tensor:
         """Copied back to all positions, each frame in its own row."""
@@ -214,7 +230,7 @@ class _Runtime:
         self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
 
     def flops(self, now: Forward, widths: list[tuple[int, int, int]], frames: int = 1) -> int:
-        """Of the patch embedding and the layers; see :attr:`Forward.widths`. A joined row was ``frames`` of the batch."""
+        """Of the patch embedding and the layers; see :attr:`Forward.widths`. A joined row was ``frames`` rows."""
         total = 0
         for (of_attention, of_mlp), (projected, attending, mlp) in zip(self.costs, widths, strict=True):
             total += projected * of_attention + mlp * of_mlp
@@ -227,15 +243,15 @@ class _Runtime:
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         h = args[0] if args else kwargs["hidden_states"]
-        if self.now is None and hasattr(h, "_tokenthrift"):  # gradient checkpointing computes this layer again
-            self.now = h._tokenthrift.snapshot()
+        if hasattr(h, "_tokenthrift_layer") and self.idle:  # gradient checkpointing computes this layer again
+            self.now = h._tokenthrift_layer.snapshot("layer")
         now = self.now
         if now is None:
             return None
         if now.layer < 0 and not now.tokens:
             now.start(h)
-        if torch.is_grad_enabled() and not now.replay:
-            h._tokenthrift = now.snapshot()
+        if torch.is_grad_enabled():
+            h._tokenthrift_layer = now.snapshot("")
         now.layer += 1
         now.map = now.excess = now.whole = now.fused = None
         x = h
@@ -244,6 +260,8 @@ class _Runtime:
                 x = self.at_boundary(now, h)
         n = x.shape[1]
         now.widths.append((n, n if now.map is None else now.map.n_out, n))
+        if torch.is_grad_enabled():
+            x._tokenthrift_inside = now.snapshot("")
         bias = self.layer_bias(now, x.dtype)
         if bias is None and x is h:
             return None
@@ -339,8 +357,23 @@ class _Runtime:
             reduced = now.map.apply(out)
             return reduced if now.excess is None else reduced + now.excess
 
+    # ---- gradient checkpointing: a layer, or its inside, computed once more -----------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No forward runs, as far as is known: the inside of a layer, computed again, may end without a word."""
+        return self.now is None or self.now.replay == "inside"
+
+    def begin_inside(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and hasattr(args[0], "_tokenthrift_inside") and self.idle:
+            self.now = args[0]._tokenthrift_inside.snapshot("inside")
+
     def end_replay(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if self.now is not None and self.now.replay:
+            self.now = None
+
+    def end_replay_inside(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if self.now is not None and self.now.replay == "inside":
             self.now = None
 
     # ---- around a sub-layer -----------------------------------------------------------------------------------------
@@ -385,11 +418,11 @@ class _Runtime:
         if now is None or now.map is None:
             return run(query, key, value, mask)
         map = now.map
-        merged = [_per_head(map.apply, x) for x in (query, key, value)]
+        q, k, v = (_per_head(map.apply, x) for x in (query, key, value))
         real = None if bool(map.mask.all()) else map.mask
         last = None if now.last is None else -map.positions("first", -now.last)
         bias = attention_bias(None, real, last)
-        return _per_head(map.unmerge, run(*merged, None if bias is None else bias.to(query.dtype)))
+        return _per_head(map.unmerge, run(q, k, v, None if bias is None else bias.to(query.dtype)))
 
     def attend_fused(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float

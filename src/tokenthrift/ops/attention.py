@@ -103,12 +103,10 @@ def fuse_attention(attention: Tensor, map: TokenMap) -> Tensor:
     else:
         columns = attention @ map.dense_share().unsqueeze(1).transpose(-1, -2).to(attention.dtype)
     rows = map.apply(columns.transpose(1, 2).flatten(2))
-    return rows.unflatten(-1, (heads, map.n_out)).transpose(1, 2)
+    return rows.view(batch, map.n_out, heads, map.n_out).transpose(1, 2)
 
 
-def augment_keys(
-    query: Tensor, key: Tensor, sizes: Tensor, scaling: float, multiple: int = 1
-) -> tuple[Tensor, Tensor]:
+def augment_keys(query: Tensor, key: Tensor, sizes: Tensor, scaling: float, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Proportional attention without a mask: one more channel carries ``log(size)``.
 
     ``softmax(scaling q'·k') = softmax(scaling q·k + log size)`` with ``q' = [q, 1]`` and ``k' = [k, log(size) /
