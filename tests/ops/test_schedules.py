@@ -79,7 +79,7 @@ def test_a_ramp_from_yaml_becomes_a_tuple():
 def test_the_errors_name_the_method():
     with pytest.raises(ThriftError, match=r"^pitome keep=1\.5 is not a share in \(0, 1\]"):
         check_removal("pitome", 1.5, None, 0.5)
-    with pytest.raises(ThriftError, match="^pitome takes .* not both"):
+    with pytest.raises(ThriftError, match=r"^pitome takes .* not both"):
         check_removal("pitome", 0.25, 8, 0.5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, pad
 
 
 def attention_rows(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -78,3 +78,31 @@ def window_scores(rows: Tensor, kv_heads: int, kernel: int) -> Tensor:
 def group_mean(scores: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads that share a key/value head: ``(batch, heads, …)`` to ``(batch, kv_heads, …)``."""
     return scores.reshape(scores.shape[0], kv_heads, -1, *scores.shape[2:]).mean(2)
+
+
+def augment_keys(
+    queries: Tensor, keys: Tensor, sizes: Tensor, scaling: float, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Proportional attention without a mask: queries and keys with one channel more, which adds ``log(sizes)``.
+
+    ``q' = [q, 1]`` and ``k' = [k, log(size) / scaling]``, so ``softmax(q' k'ᵀ · scaling)`` counts each key as often as
+    it has tokens (Token Merging, arXiv 2210.09461, section 3.3). For kernels that take no additive mask; give them
+    ``scaling`` explicitly, since the default is that of the wider head. Half precision rounds the logarithms with
+    the keys.
+
+    Args:
+        queries: ``(batch, heads, rows, dim)``.
+        keys: ``(batch, kv_heads, tokens, dim)``.
+        sizes: ``(batch, tokens)`` how many tokens each key stands for; a size of 0 hides it.
+        scaling: factor on ``q·k``.
+        multiple: zero channels fill the heads up to a multiple of this, as kernels may want; 8, say.
+
+    Returns:
+        Both with ``dim + 1`` channels, or the next multiple.
+    """
+    channel = (sizes.to(torch.float32).log() / scaling).to(keys.dtype)[:, None, :, None]
+    channel = channel.expand(*keys.shape[:-1], 1)
+    wide_queries = torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+    wide_keys = torch.cat([keys, channel], dim=-1)
+    spare = -wide_keys.shape[-1] % multiple
+    return pad(wide_queries, (0, spare)), pad(wide_keys, (0, spare))

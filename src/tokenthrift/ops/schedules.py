@@ -46,19 +46,26 @@ def check_share(name: str, parameter: str, value: float, half: str) -> None:
         raise ThriftError(f"{name} {parameter}={value!r} is not a share in (0, 1]; 0.5 keeps {half}")
 
 
-def to_remove(view: View, keep: float, r: Removal | None) -> int:
+def to_remove(view: View, keep: float, r: Removal | None, layers: int | None = None) -> int:
     """How many tokens the layer of this view is to remove.
 
     By ``r``, or so many that the share ``keep`` of the patches (of a text: of the tokens after the prefix) is left
     after the last layer: each layer that is left takes an equal part of what is still too much, rounded up.
+
+    Args:
+        view: of the layer.
+        keep, r: the parameters of the method, checked.
+        layers: only the first so many layers remove tokens; None = all.
     """
+    layer: int = view.layer
+    acting: int = view.layers if layers is None else min(layers, view.layers)
+    if layer >= acting:
+        return 0
     if r is not None:
-        layer: int = view.layer
-        return parse_r(r, view.layers)[layer]
+        return parse_r(r, acting)[layer]
     start: int = math.prod(view.grid) if "grid" in view else view.tokens - view.prefix
     excess: int = view.features.shape[1] - view.prefix - Budget(ratio=float(keep)).tokens(start)
-    layers_left: int = view.layers - view.layer
-    return max(math.ceil(excess / layers_left), 0)
+    return max(math.ceil(excess / (acting - layer)), 0)
 
 
 def parse_r(r: Removal, layers: int) -> list[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, get_args
 
+from ..core.errors import ThriftError, did_you_mean
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.matching import bipartite_soft_matching
+from ..ops.matching import Order, bipartite_soft_matching
 from ..ops.schedules import Removal, check_removal, to_remove
 
 
@@ -31,9 +32,12 @@ class ToMe:
             ``"schedule.json"``, a file with such a list. No layer can merge more than half of its unprotected tokens;
             larger numbers are clipped.
         prop_attn: proportional attention. The paper turns it off for models pre-trained with MAE.
+        order: of the tokens that are left. ``position`` keeps theirs. ``official`` is that of the authors' code:
+            protected tokens, then those left at even positions, then those at odd ones. It decides which tokens the
+            next layer can compare, so it is what repeats the authors' outputs over several layers.
 
     Raises:
-        ThriftError: ``keep`` outside (0, 1], a negative ``r``, or both given.
+        ThriftError: ``keep`` outside (0, 1], a negative ``r``, or both given; another ``order``.
     """
 
     per_layer: ClassVar[str] = "r"
@@ -41,14 +45,17 @@ class ToMe:
     keep: float = 0.5
     r: Removal | None = None
     prop_attn: bool = True
+    order: Order = "position"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", check_removal("tome", self.keep, self.r, type(self).keep))
+        if self.order not in get_args(Order):
+            raise ThriftError(f"tome has no order={self.order!r}: {did_you_mean(str(self.order), get_args(Order))}")
 
     def reduce(self, view: View) -> TokenMap | None:
         """The merge of this layer; None where no token is to go."""
         r = to_remove(view, self.keep, self.r)
         if r <= 0:
             return None
-        groups = bipartite_soft_matching(view.keys.mean(1), r, view.protected)
+        groups = bipartite_soft_matching(view.keys.mean(1), r, view.protected, self.order)
         return None if groups is None else groups.map(view.sizes)
