@@ -1,8 +1,9 @@
 """Clustering of tokens: k-medoids, density peaks, and soft assignments. All of it batched, deterministic, in float32.
 
-Rows of a batch never affect each other. Clusterings return ``(medoids, assign)``: ``medoids`` ``(batch, k)`` int64 is the
-token at the centre of each cluster, ``assign`` ``(batch, tokens)`` int64 the cluster of each token; a medoid is always
-of its own cluster, so that no cluster is empty even when tokens are equal. ``k`` is clipped to the number of tokens.
+Rows of a batch never affect each other. Clusterings return ``(medoids, assign)``: ``medoids`` ``(batch, k)`` int64, the
+token at the centre of each cluster, and ``assign`` ``(batch, tokens)`` int64, the cluster of each token. A medoid is
+always of its own cluster, so that no cluster is empty even when tokens are equal. ``k`` is clipped to the number of
+tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ def distances(x: Tensor, metric: Metric = "euclidean") -> Tensor:
 def unit_rows(x: Tensor) -> Tensor:
     """Rows divided by their norm in float32, as CenterCLIP does it: all-zero rows stay zero."""
     x = x.to(torch.float32)
-    return x / (x.norm(dim=-1, keepdim=True) + 1e-6)
+    unit: Tensor = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6)
+    return unit
 
 
-# ---- k-medoids -----------------------------------------------------------------------------------------------------------
+# ---- k-medoids ------------------------------------------------------------------------------------------------------
 
 
 def farthest_first(x: Tensor, k: int, metric: Metric = "euclidean", d: Tensor | None = None) -> Tensor:
@@ -50,7 +52,7 @@ def farthest_first(x: Tensor, k: int, metric: Metric = "euclidean", d: Tensor | 
     chosen = x.new_zeros(batch, min(k, tokens), dtype=torch.int64)
     row = torch.arange(batch, device=x.device)
     nearest = x.new_full((batch, tokens), torch.inf)  # distance to the nearest chosen token
-    pick = x.norm(dim=-1).argmax(-1)
+    pick = torch.linalg.vector_norm(x, dim=-1).argmax(-1)
     for i in range(chosen.shape[1]):
         chosen[:, i] = pick
         nearest = torch.minimum(nearest, d[row, pick])
@@ -129,7 +131,7 @@ def _lowest_of_each(cost: Tensor, assign: Tensor, k: int) -> Tensor:
     return token.new_full((batch, k), tokens).scatter_reduce_(1, assign, token, "amin")
 
 
-# ---- density peaks -------------------------------------------------------------------------------------------------------
+# ---- density peaks --------------------------------------------------------------------------------------------------
 
 
 def dpc_knn(x: Tensor, k: int, neighbours: int = 5, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +163,7 @@ def dpc_knn(x: Tensor, k: int, neighbours: int = 5, noise: Tensor | None = None)
     return centres, _nearest(d, centres)
 
 
-# ---- soft assignments ----------------------------------------------------------------------------------------------------
+# ---- soft assignments -----------------------------------------------------------------------------------------------
 # All return shares (batch, k, tokens), as TokenMap.transform takes them.
 
 
