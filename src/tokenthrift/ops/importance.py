@@ -12,17 +12,19 @@ BLOCK = 128
 
 
 def importance(view: View) -> Tensor:
-    """Attention of the first prefix token (CLS) to every token, mean over heads: ``(batch, tokens)`` float32.
+    """Attention of the first token of the prefix (CLS) to every token, mean over heads: ``(batch, tokens)`` float32.
 
-    Encoders without a prefix have nothing to ask, so that the mean over all queries takes its place. The view keeps
-    the result as its part ``importance``: a method's ``combine`` that needs it again computes nothing.
+    Where there is nobody to ask, the mean over all queries takes its place: in encoders without a prefix (SigLIP), and
+    where the first token sees only itself (texts read causally). The view keeps the result as its part ``importance``,
+    so that a method's ``combine`` computes nothing again.
     """
     if "importance" not in view:
+        scores = None
         if view.prefix:
             scores = view.attention(slice(0, 1)).to(torch.float32).mean((1, 2))
-        else:
-            scores = attention_received(view) / view.features.shape[1]
-        view.offer("importance", scores)
+            if not bool(scores[:, view.prefix :].any()):
+                scores = None
+        view.offer("importance", attention_received(view) / view.features.shape[1] if scores is None else scores)
     result: Tensor = view.importance
     return result
 
