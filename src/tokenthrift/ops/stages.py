@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..core.errors import ThriftError
 from ..core.view import View
 from .schedules import Removal, check_removal, parse_r
+from .unprotected import split_protected
 
 Layers = tuple[int, ...] | None
 """Layers in ascending order, counted from 0; None = at a quarter, half and three quarters of the depth."""
@@ -70,6 +73,19 @@ def patches_to_keep(
         start: int = view.tokens - view.prefix
         wanted = int(start * share) if of_start else math.ceil(keep * patches)
     return min(max(wanted, 1), patches)
+
+
+def free_to_keep(view: View, name: str, keep: float, layers: Layers, r: Removal | None) -> tuple[Tensor, int] | None:
+    """For methods that cluster: the unprotected tokens ``(batch, free)``, and of them how many are to be left.
+
+    ``keep`` is a share of the tokens at the start. None where no token is to go; then nothing is computed.
+    """
+    kept = view.prefix + patches_to_keep(view, name, keep, layers, r, of_start=True)
+    if kept >= view.features.shape[1]:
+        return None
+    free, held = split_protected(view.protected)
+    k = max(kept - held.shape[1], 1)
+    return None if k >= free.shape[1] else (free, k)
 
 
 def stages_of(depth: int, name: str, layers: Layers) -> tuple[int, ...]:

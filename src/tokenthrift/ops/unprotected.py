@@ -39,6 +39,8 @@ def clusters_to_map(protected: Tensor, medoids: Tensor, assign: Tensor | None = 
     own = held.shape[1] // frames
     n_out = own + medoids.shape[1]
     anchor = torch.cat([held[:, :own], free.gather(1, medoids)], dim=1)
+    if assign is None and frames == 1:
+        return TokenMap.select(anchor.sort(dim=-1).values, protected.shape[1])
     group = torch.full(protected.shape, -1, device=protected.device)
     group.scatter_(1, held, (torch.arange(held.shape[1], device=held.device) % max(own, 1)).expand_as(held))
     if assign is None:

@@ -9,7 +9,7 @@ from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.clustering import k_medoids
+from ..ops.clustering import Metric, k_medoids
 from ..ops.unprotected import clusters_to_map, split_protected, take
 
 
@@ -77,6 +77,6 @@ class CenterCLIP:
         k = Budget.of(self.centers).tokens(free.shape[1])
         if self.frames == 1 and k == free.shape[1]:
             return None
-        metric = "cosine" if self.distance == "cosine" else "euclidean"
+        metric: Metric = "cosine" if self.distance == "cosine" else "euclidean"
         medoids, assign = k_medoids(take(view.features, free), k, metric, pre_norm=self.pre_norm)
         return clusters_to_map(view.protected, medoids, assign if self.mean else None, self.frames)

@@ -10,8 +10,8 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.clustering import dpc_knn
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, patches_to_keep
-from ..ops.unprotected import clusters_to_map, split_protected, take
+from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.unprotected import clusters_to_map, take
 
 
 @method(
@@ -54,10 +54,9 @@ class DPCKNN:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The mean of each cluster, in the order of their centres."""
-        kept = patches_to_keep(view, "dpc_knn", self.keep, self.layers, self.r, of_start=True)
-        free, held = split_protected(view.protected)
-        k = max(view.prefix + kept - held.shape[1], 1)
-        if k >= free.shape[1]:
+        todo = free_to_keep(view, "dpc_knn", self.keep, self.layers, self.r)
+        if todo is None:
             return None
+        free, k = todo
         centres, assign = dpc_knn(take(view.features, free), k, self.neighbours)
         return clusters_to_map(view.protected, centres, assign)

@@ -13,8 +13,8 @@ from ..core.view import View
 from ..ops.clustering import k_medoids, weighted_k_medoids
 from ..ops.importance import attention_received
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, patches_to_keep
-from ..ops.unprotected import clusters_to_map, split_protected, take
+from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.unprotected import clusters_to_map, take
 
 
 @method(
@@ -63,11 +63,10 @@ class KMedoids:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The medoids, in their order."""
-        kept = patches_to_keep(view, "kmedoids", self.keep, self.layers, self.r, of_start=True)
-        free, held = split_protected(view.protected)
-        k = max(view.prefix + kept - held.shape[1], 1)
-        if k >= free.shape[1]:
+        todo = free_to_keep(view, "kmedoids", self.keep, self.layers, self.r)
+        if todo is None:
             return None
+        free, k = todo
         x = take(view.features, free)
         if self.weights == "equal":
             medoids, _ = k_medoids(x, k, iterations=self.iterations)

@@ -11,8 +11,8 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.clustering import k_medoids, sinkhorn_shares
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, patches_to_keep
-from ..ops.unprotected import shares_to_map, split_protected, take
+from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.unprotected import shares_to_map, take
 
 CENTRE_ITERATIONS = 10
 """Of the clustering that makes the centres: they need not be its optimum."""
@@ -65,11 +65,10 @@ class Sinkhorn:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The many-to-many map of the transport, outputs in the order of their centres."""
-        kept = patches_to_keep(view, "sinkhorn", self.keep, self.layers, self.r, of_start=True)
-        free, held = split_protected(view.protected)
-        k = max(view.prefix + kept - held.shape[1], 1)
-        if k >= free.shape[1]:
+        todo = free_to_keep(view, "sinkhorn", self.keep, self.layers, self.r)
+        if todo is None:
             return None
+        free, k = todo
         x = take(view.features, free)
         centres, _ = k_medoids(x, k, "cosine", iterations=CENTRE_ITERATIONS)
         shares = sinkhorn_shares(x, take(x, centres), self.eps, self.iterations)

@@ -14,8 +14,8 @@ from ..core.view import View
 from ..ops.clustering import anchor_shares, ranked
 from ..ops.importance import importance
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, patches_to_keep
-from ..ops.unprotected import shares_to_map, split_protected, take
+from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.unprotected import shares_to_map, take
 
 
 @method(
@@ -75,13 +75,12 @@ class TokenTransforming:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The many-to-many map, outputs in the order of their anchors."""
-        kept = patches_to_keep(view, "token_transforming", self.keep, self.layers, self.r, of_start=True)
-        free, held = split_protected(view.protected)
-        k, n = max(view.prefix + kept - held.shape[1], 1), free.shape[1]
-        if k >= n:
+        todo = free_to_keep(view, "token_transforming", self.keep, self.layers, self.r)
+        if todo is None:
             return None
+        free, k = todo
         if self.anchors == "uniform":
-            anchors = ((2 * torch.arange(k, device=free.device) + 1) * n // (2 * k)).expand(len(free), -1)
+            anchors = ((2 * torch.arange(k, device=free.device) + 1) * free.shape[1] // (2 * k)).expand(len(free), -1)
         else:
             anchors = ranked(importance(view).gather(1, free))[:, :k].sort(dim=-1).values
         metric = take(view.keys.mean(1), free)

@@ -61,10 +61,11 @@ class TPS:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The kept tokens in their order, each with those squeezed into it."""
-        x, protected = view.features, view.protected
+        x = view.features
         kept = view.prefix + patches_to_keep(view, "tps", self.keep, self.layers, self.r)
         if kept >= x.shape[1]:
             return None
+        protected = view.protected
         order = ranked(importance(view).masked_fill(protected, torch.inf))
         index, pruned = (part.sort(dim=-1).values for part in (order[:, :kept], order[:, kept:]))
         y, hosts = (normalize(take(x, i).to(torch.float32), dim=-1) for i in (pruned, index))
