@@ -1,8 +1,5 @@
-"""ToMe as a method: its parameters, its schedules and what it decides. That models obey is tested in tests/models."""
+"""ToMe as a method: its parameters and what it decides. That models obey is tested in tests/models."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,28 +7,7 @@ from hypothesis import strategies as st
 
 from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.view import Lazy
-from tokenthrift.vision.tome import ToMe, parse_r
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tome_parse_r.npz"
-
-
-@pytest.mark.parametrize(
-    ("case", "layers", "r"),
-    [
-        ("case0", 12, 8),
-        ("case1", 12, (8, -1.0)),
-        ("case2", 24, (7, 0.5)),
-        ("case3", 12, [4, 4, 2]),
-        ("case4", 12, (16, -1.0)),
-    ],
-)
-def test_schedules_are_the_official_ones(case, layers, r):
-    assert parse_r(r, layers) == np.load(GOLDEN)[case].tolist()
-
-
-def test_a_ramp_over_one_layer_and_a_list_that_is_too_long():
-    assert parse_r((8, -1.0), 1) == [16]
-    assert parse_r([3, 2, 1], 2) == [3, 2]
+from tokenthrift.vision.tome import ToMe
 
 
 @pytest.mark.parametrize(
