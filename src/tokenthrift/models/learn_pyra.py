@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..api import apply
 from ..core.errors import ThriftError
-from ..core.plan import Plan
+from ..core.plan import Plan, Step
 from ..core.tokenmap import TokenMap
 from .adapters import adapter_for
 
@@ -65,7 +65,8 @@ def learn_pyra(
         if not parameters:
             raise ThriftError("there is nothing to learn where no token is merged: write pyra(r=8), say")
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-        generator, order = torch.Generator().manual_seed(seed), []
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
         for step in range(steps):
             order = order or torch.randperm(len(batches), generator=generator).tolist()
             with torch.enable_grad():
@@ -118,7 +119,7 @@ class _Probe:
 @torch.no_grad()
 def _probe(encoder: Any, pixels: Tensor, method: Any) -> _Probe:
     probe = _Probe(method)
-    with apply(Plan(vision=probe), encoder):
+    with apply(Plan([Step("vision", probe)]), encoder):
         encoder(pixels)
     return probe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -17,7 +17,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.matching import bipartite_soft_matching, merged_pairs
-from .tome import Removal, ToMe, parse_r
+from ..ops.schedules import Removal, check_removal, parse_r, to_remove
 
 
 @method(
@@ -48,19 +48,20 @@ class Pyra:
         ThriftError: as ``tome``; a file that is none, or made for other layers, other ``r`` or smaller images.
     """
 
+    per_layer: ClassVar[str] = "r"
+
     keep: float = 0.5
     r: Removal | None = None
     weights: str | PyraWeights | None = None
     prop_attn: bool = True
-
-    per_layer: ClassVar[str] = "r"
+    _learned: PyraWeights | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ToMe(keep=self.keep, r=self.r)
-        learned = PyraWeights.load(self.weights) if isinstance(self.weights, str | PathLike) else self.weights
-        object.__setattr__(self, "_learned", learned)
-        if learned is None:
+        object.__setattr__(self, "r", check_removal("pyra", self.keep, self.r, type(self).keep))
+        if self.weights is None:
             return
+        learned = self.weights if isinstance(self.weights, PyraWeights) else PyraWeights.load(self.weights)
+        object.__setattr__(self, "_learned", learned)
         if self.keep != type(self).keep:
             raise ThriftError(f"pyra removes what its weights were trained for, r={learned.r}: leave keep out")
         if self.r is not None and parse_r(self.r, len(learned.r)) != learned.r:
@@ -75,8 +76,8 @@ class Pyra:
         removed = 0 if groups is None else view.features.shape[1] - groups.n_groups
         if self._learned is not None and removed != r:
             raise ThriftError(
-                f"pyra weights {self._learned} remove {r} tokens in layer {view.layer}, these images have only {removed} "
-                "to merge: use images as large as in training"
+                f"pyra weights {self._learned} remove {r} tokens in layer {view.layer}, these images have only "
+                f"{removed} to merge: use images as large as in training"
             )
         return None if groups is None else groups.map(view.sizes)
 
@@ -107,7 +108,7 @@ class Pyra:
     def _to_remove(self, view: View) -> int:
         learned = self._learned
         if learned is None:
-            return ToMe(keep=self.keep, r=self.r)._to_remove(view)
+            return to_remove(view, self.keep, self.r)
         if (view.layers, view.features.shape[-1]) != (len(learned.r), learned.dim):
             raise ThriftError(
                 f"pyra weights {learned} are for {len(learned.r)} layers of {learned.dim} channels, this model has "
@@ -167,12 +168,12 @@ class PyraWeights:
         """Read what :meth:`save` wrote. Raises ThriftError for anything else."""
         from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise ThriftError(f"pyra weights '{path}' do not exist: train them with learn_pyra, or leave weights out")
+        if not isinstance(path, str | PathLike) or not Path(path).is_file():
+            raise ThriftError(f"pyra weights={path!r} is no file: train them with learn_pyra, or leave weights out")
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             r, dim = json.loads(about["r"]), int(about["dim"])
             layers = [
                 PyraLayer(*(tensors.pop(f"layers.{i}.{part}") for part in PyraLayer._fields)) if n else None
