@@ -3,8 +3,8 @@
     python benchmarks/text_encoders.py [--lengths 256 512] [--threads 1] [--batch 8] [--plans "tome(keep=0.5)"]
 
 Needs the minilm-l6 pack (fetched on first use). The texts are the topics of Python's own help (`pydoc_data`) that fill
-the length; they are cut there, so nothing is padding. Prints a markdown table. Times are medians over the repeats, of one
-forward of a batch: wall time, and CPU time, which a busy machine disturbs less (meaningful with --threads 1).
+the length; they are cut there, so nothing is padding. Prints a markdown table. Times are medians over the repeats, of
+one forward of a batch: wall time, and CPU time, which a busy machine disturbs less (meaningful with --threads 1).
 "reducing" is the share of the wall time spent on matching, merging and copying back.
 
 Fidelity is that of sentence embeddings (the mean over all tokens, merged ones counted as often as they have tokens) to

@@ -101,3 +101,12 @@ def test_what_cannot_be_learned_is_refused(tmp_path):
         with pytest.raises(ThriftError, match=said):
             learn_pyra(vit(), batches, method, steps=steps, out=out)
     assert not out.exists()
+
+
+def test_untrained_weights_are_tome_inside_a_model():
+    model, x = vit(), images()[0]
+    with torch.no_grad(), apply("vision=tome(r=5)", model):
+        expected = model(x).last_hidden_state
+    for untrained in (Pyra(r=5), Pyra().fresh([5, 5, 5], 24)):
+        with torch.no_grad(), apply(Plan(vision=untrained), model):
+            assert torch.equal(model(x).last_hidden_state, expected)

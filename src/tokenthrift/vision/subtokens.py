@@ -36,7 +36,7 @@ class Subtokens:
         at: the layer in front of which to merge; 0 merges the embeddings, ``n`` what layer ``n - 1`` returns.
         mode: ``mean``, or ``attention`` for a mean weighted by the attention received in layer ``at``.
         prop_attn: proportional attention: a merged token counts as often as it has pieces. The abstract does not speak
-            of it; a model that was not fine-tuned stays closer to itself with it.
+            of it.
 
     Raises:
         ThriftError: a negative layer or an unknown mode.
@@ -46,7 +46,7 @@ class Subtokens:
 
     at: int = 0
     mode: str = "mean"
-    prop_attn: bool = True
+    prop_attn: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.at, bool) or not isinstance(self.at, int) or self.at < 0:
