@@ -22,23 +22,27 @@ from tokenthrift.ops.rates import (
 VIT = LayerCost(attention=4 * 8**2, pair=2 * 8, mlp=8 * 8**2)  # width 8, multiply-adds
 
 
+def first(tokens, prefix, batch=2):
+    return (torch.arange(tokens) < prefix).expand(batch, -1)
+
+
 def scalar(x):
     return torch.tensor(float(x), requires_grad=True)
 
 
 def test_ranks_put_the_prefix_first_and_ties_in_order():
-    rank = rank_tokens(torch.tensor([[0.0, 5.0, 1.0, 3.0, 3.0]]), prefix=1)
+    rank = rank_tokens(torch.tensor([[0.0, 5.0, 1.0, 3.0, 3.0]]), first(5, 1, batch=1))
     assert rank.tolist() == [[0, 1, 4, 2, 3]]
-    assert rank_tokens(torch.tensor([[0.0, 0.0, 9.0]]), prefix=2).tolist() == [[0, 1, 2]]
+    assert rank_tokens(torch.tensor([[0.0, 0.0, 9.0]]), first(3, 2, batch=1)).tolist() == [[0, 1, 2]]
 
 
 def test_pruning_and_merging_by_hand():
     x = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [1.0, 0.0], [1.0, 0.0]]])
-    rank = rank_tokens(torch.tensor([[0.0, 4.0, 5.0, 3.0, 1.0, 2.0]]), prefix=1)
-    joins, similarity = prune_and_merge(x, rank, prune=5, merge=3, prefix=1)
+    rank = rank_tokens(torch.tensor([[0.0, 4.0, 5.0, 3.0, 1.0, 2.0]]), first(6, 1, batch=1))
+    joins, similarity = prune_and_merge(x, rank, 5, 3, first(6, 1, batch=1))
     assert joins.tolist() == [[0, 1, 2, 2, -1, 1]]
     torch.testing.assert_close(similarity, torch.tensor([[1.0, 1.0, 1.0, 0.8, 1.0, 1.0]]))
-    joins, _ = prune_and_merge(x, rank, prune=3, merge=3, prefix=1)
+    joins, _ = prune_and_merge(x, rank, 3, 3, first(6, 1, batch=1))
     assert joins.tolist() == [[0, 1, 2, -1, -1, -1]]
 
 
@@ -48,13 +52,15 @@ def test_laws_of_pruning_and_merging(tokens, prefix, data, seed):
     torch.manual_seed(seed)
     prune = data.draw(st.integers(prefix + 1, tokens))
     merge = data.draw(st.integers(prefix + 1, prune))
-    rank = rank_tokens(torch.rand(2, tokens), prefix)
-    joins, similarity = prune_and_merge(torch.randn(2, tokens, 4), rank, prune, merge, prefix)
+    protected = first(tokens, prefix).clone()
+    protected[1, tokens - 1] = merge > prefix + 1  # the last token of a text, say
+    rank = rank_tokens(torch.rand(2, tokens), protected)
+    joins, similarity = prune_and_merge(torch.randn(2, tokens, 4), rank, prune, merge, protected)
     stay = joins == torch.arange(tokens)
     assert (stay == (rank < merge)).all() and ((joins < 0) == (rank >= prune)).all()
     assert stay.gather(1, joins.clamp(min=0))[joins >= 0].all()  # nothing joins what does not stay
     gone = ~stay & (joins >= 0)
-    assert (joins[gone] >= prefix).all()
+    assert not protected.gather(1, joins.clamp(min=0))[gone].any() and stay[protected].all()
     assert (similarity[~gone] == 1).all() and similarity.isfinite().all()
 
 

@@ -19,6 +19,7 @@ def view(x, attention, prefix=1, layer=1, layers=4, grid=(1, 4, 4), tokens=None)
     return View(
         features=x,
         attention=lambda rows: attention[:, :, rows],
+        protected=(torch.arange(x.shape[1]) < prefix).expand(x.shape[:2]),
         prefix=prefix,
         grid=grid,
         tokens=tokens or prefix + grid[1] * grid[2],
@@ -84,6 +85,18 @@ def test_without_a_class_token_the_attention_received_decides():
     assert torch.equal(map.source, attention.mean((1, 2)).topk(7).indices.sort(-1).values)
 
 
+def test_protected_tokens_stay_even_if_the_numbers_say_otherwise():
+    x, attention = some()
+    seen = view(x, attention)
+    protected = torch.zeros(2, 17, dtype=torch.bool)
+    protected[:, [0, 5, 16]] = True
+    seen.offer("protected", protected)
+    map = DiffRate(prune=[9, 2, 2, 2], merge=[9, 1, 1, 1]).reduce(seen)
+    assert map.n_out == 4 and map.kept[:, [0, 5, 16]].all()
+    merged = DiffRate(merge=[1] * 4).reduce(seen)
+    assert merged.n_out == 4 and torch.equal(merged.sizes().gather(1, merged.owner)[protected], torch.ones(6))
+
+
 def test_registers_stay_first_and_receive_nothing():
     x, attention = some(21)
     map = DiffRate(prune=[21, 15, 9, 9], merge=[21, 10, 9, 9]).reduce(view(x, attention, prefix=5))
@@ -141,7 +154,16 @@ def test_a_schedule_for_another_number_of_layers_is_refused(tmp_path):
         DiffRate(prune=[9]).reduce(view(*some()))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{}", '{"prune": [4], "merge": [4, 3]}', '{"prune": [0], "merge": [0]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "{}",
+        '{"prune": [4], "merge": [4, 3]}',
+        '{"prune": [0], "merge": [0]}',
+        '{"prune": [4], "merge": [4], "tokens": "5"}',
+    ],
+)
 def test_files_that_are_no_schedule_are_refused(tmp_path, text):
     path = tmp_path / "rates.json"
     path.write_text(text)

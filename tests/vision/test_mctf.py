@@ -8,7 +8,7 @@ import torch
 
 from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.view import Lazy
-from tokenthrift.vision.mctf import POOLINGS, MCTF
+from tokenthrift.vision.mctf import MCTF, POOLINGS
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "vision" / "mctf.npz")
 close = {"rtol": 1e-5, "atol": 1e-6}
@@ -54,9 +54,7 @@ def test_equals_the_official_fusion(case):
 
     assert torch.equal(sort((map.dense() > 0).float(), mine), sort(official["source"], order))
     torch.testing.assert_close(sort(method.combine(seen, map), mine), sort(official["out"], order), **close)
-    torch.testing.assert_close(
-        sort(map.sizes(seen.sizes).unsqueeze(-1), mine), sort(official["size"], order), **close
-    )
+    torch.testing.assert_close(sort(map.sizes(seen.sizes).unsqueeze(-1), mine), sort(official["size"], order), **close)
     if pooling == 2:
         return  # their maximum over rows is no attention; see the docstring
     fused = map.dense()[:, None] @ g["attn"] @ (map.dense() > 0).float()[:, None].transpose(-1, -2)

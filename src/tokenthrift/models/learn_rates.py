@@ -68,8 +68,8 @@ def learn_rates(
 
     Returns:
         ``prune`` and ``merge``, the tokens kept in each layer after pruning and after merging, prefix included; the
-        ``model`` and its number of ``tokens``; the share of ``flops`` that these numbers cost; and the ``loss`` over all
-        batches of the even schedule that learning began with, and of the learned one.
+        ``model`` and its number of ``tokens``; the share of ``flops`` that these numbers cost; and the ``loss`` over
+        all batches of the even schedule that learning began with, and of the learned one.
 
     Raises:
         ThriftError: no encoder of images in the model, no batches, images of several sizes, or a share of FLOPs that
@@ -81,7 +81,9 @@ def learn_rates(
     if steps < 1:
         raise ThriftError(f"steps={steps}: write a number of at least 1, such as steps=200")
     if not 0 < flops <= 1:
-        raise ThriftError(f"flops={flops!r} is not a share in (0, 1]; 0.6 asks for 60 % of the unreduced encoder's FLOPs")
+        raise ThriftError(
+            f"flops={flops!r} is not a share in (0, 1]; 0.6 asks for 60 % of the unreduced encoder's FLOPs"
+        )
     with ExitStack() as undo, torch.enable_grad():
         learner = _Learner(model, undo)
         with torch.no_grad():
@@ -105,7 +107,7 @@ def learn_rates(
                 progress(step + 1, steps)
         prune, merge = learner.numbers()
         return {
-            "model": getattr(learner.encoder.config, "_name_or_path", "") or type(model).__name__,
+            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
             "tokens": learner.tokens,
             "prune": prune,
             "merge": merge,
@@ -145,11 +147,12 @@ class _Learner:
         self.encoder, family, layers = adapter.encoder, adapter.family, adapter.layers
         if family.patches is None:
             raise ThriftError(f"{type(model).__name__} encodes texts: rates are learned for encoders of images")
-        self.mlps = [part(layer, family.mlp) for layer in layers]
+        self.layers = layers
         self.attentions = [part(layer, family.attention) for layer in layers]
         self.theta: list[tuple[Tensor, Tensor]] = []
         self.costs: list[LayerCost] = []
         self.heads = [(0, 0)] * len(layers)
+        """Per layer: heads, and channels of a head."""
         self.now = _Forward()
         self.patch_embedding = part(self.encoder, family.patches)
         self.tokens = self.prefix = 0
@@ -181,14 +184,18 @@ class _Learner:
         self.tokens, self.prefix, patches = dense.tokens, dense.prefix, dense.patches
         device = self.patch_embedding.weight.device
         self.costs = [
-            LayerCost(linear_flops(attention), attention_flops(1, 1, heads, dim), linear_flops(mlp))
-            for attention, mlp, (heads, dim) in zip(self.attentions, self.mlps, self.heads, strict=True)
+            LayerCost(
+                attention=linear_flops(attention),
+                pair=attention_flops(1, 1, heads, dim),
+                mlp=linear_flops(layer) - linear_flops(attention),
+            )
+            for layer, attention, (heads, dim) in zip(self.layers, self.attentions, self.heads, strict=True)
         ]
         self.fixed = 2 * self.patch_embedding.weight.numel() * patches
         self.candidates = candidates(patches).to(device)
 
         def even(share: float) -> list[tuple[Tensor, Tensor]]:
-            after = [max(patches * share**layer, 1.0) for layer in range(len(self.mlps))]
+            after = [max(patches * share**layer, 1.0) for layer in range(len(self.layers))]
             return [
                 (torch.tensor(self.prefix + (a + b) / 2), torch.tensor(self.prefix + b))
                 for a, b in zip([float(patches), *after], after, strict=False)
@@ -247,8 +254,9 @@ class _Learner:
 
     def run(self, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, _Forward]:
         """The last hidden state, with all tokens in place."""
-        out = self.encoder(**batch) if isinstance(batch, Mapping) else self.encoder(batch)
-        return out.last_hidden_state, self.now
+        forward = getattr(self.encoder, "forward_features", self.encoder)  # timm's models return logits
+        out = forward(**batch) if isinstance(batch, Mapping) else forward(batch)
+        return getattr(out, "last_hidden_state", out), self.now
 
     def loss(self, batch: Tensor | Mapping[str, Tensor], target: Tensor) -> Tensor:
         """1 - cosine to the unreduced features, of the class token and of the restored patches, in equal parts.
@@ -304,7 +312,8 @@ class _Learner:
             return None
         kept = tuple(self._number(theta) for theta in self.theta[i - 1])
         alive = now.mask.detach() > 0
-        rank = rank_tokens(now.importance.masked_fill(~alive, -torch.inf), now.prefix)
+        protected = (torch.arange(now.tokens, device=h.device) < now.prefix).expand(h.shape[:2])
+        rank = rank_tokens(now.importance.masked_fill(~alive, -torch.inf), protected)
         left = [now.live]
         for theta, number in zip(self.theta[i - 1], kept, strict=True):
             if int(number) < left[-1]:
@@ -315,7 +324,7 @@ class _Learner:
         if merged_to == now.live:
             return None
         now.live = merged_to
-        joins, similarity = prune_and_merge(h, rank, pruned_to, merged_to, now.prefix)
+        joins, similarity = prune_and_merge(h, rank, pruned_to, merged_to, protected)
         now.owner = torch.where(now.owner >= 0, joins.gather(1, now.owner.clamp(min=0)), -1)
         if merged_to == pruned_to:
             return None

@@ -25,9 +25,10 @@ def multi_criteria_matching(
 
     A token at an even position (A) and one at an odd position (B) score
     ``((cos + 1) / 2)^(1/tau_sim) * (i_a i_b)^(1/tau_info) * (z_a z_b)^(1/tau_size)``, where ``i`` is one over the
-    attention that a token receives and ``z`` one over its size, both divided by their maximum in the row. First ``r //
-    2`` tokens of A join their best partner in B; then the other ``r - r // 2`` are taken from B, whose tokens join their
-    best partner among those left in A, with the scores of before. A token of B takes along what has joined it.
+    attention that a token receives and ``z`` one over its size, both divided by their maximum in the row. First
+    ``r // 2`` tokens of A join their best partner in B; then the other ``r - r // 2`` are taken from B, whose tokens
+    join their best partner among those left in A, with the scores of before. A token of B takes along what has joined
+    it.
 
     Survivors keep their order (the authors' code puts those left in A first).
 

@@ -18,37 +18,38 @@ from torch.nn.functional import normalize
 # ---- applied ----------------------------------------------------------------------------------------------------
 
 
-def rank_tokens(importance: Tensor, prefix: int) -> Tensor:
-    """``(batch, tokens)`` int64 ranks, 0 the best: the prefix in its order, then by ``importance``, ties by position."""
-    order = importance.to(torch.float32).clone()
-    order[:, :prefix] = torch.inf
+def rank_tokens(importance: Tensor, protected: Tensor) -> Tensor:
+    """``(batch, tokens)`` int64 ranks, 0 the best: ``protected`` tokens, then by ``importance``; ties by position."""
+    order = importance.to(torch.float32).masked_fill(protected, torch.inf)
     order = order.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
 
 
-def prune_and_merge(features: Tensor, rank: Tensor, prune: int, merge: int, prefix: int) -> tuple[Tensor, Tensor]:
+def prune_and_merge(features: Tensor, rank: Tensor, prune: int, merge: int, protected: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the tokens of the lowest ranks; of the others, let those below the best ``merge`` join the most similar one.
 
     Args:
         features: ``(batch, tokens, dim)``, compared by cosine in float32.
         rank: ``(batch, tokens)`` from :func:`rank_tokens`.
-        prune, merge: tokens kept after pruning, and after merging; ``prefix < merge <= prune <= tokens``. The prefix
-            receives nothing.
+        prune, merge: tokens kept after pruning, and after merging; ``merge <= prune <= tokens``, and ``merge`` is more
+            than a row has protected tokens.
+        protected: ``(batch, tokens)`` bool; they receive nothing.
 
     Returns:
         ``(batch, tokens)`` each: the token that every token joins, itself if it stays and -1 if it is dropped; and its
         similarity to that token, 1 for all that do not join another.
     """
     order = rank.argsort(dim=-1)
-    takers, givers, dropped = order[:, prefix:merge], order[:, merge:prune], order[:, prune:]
+    takers, givers, dropped = order[:, :merge], order[:, merge:prune], order[:, prune:]
     joins = torch.arange(rank.shape[1], device=rank.device).repeat(rank.shape[0], 1)
     joins.scatter_(1, dropped, -1)
     similarity = torch.ones(rank.shape, device=rank.device)
     if givers.shape[1]:
         unit = normalize(features.detach().to(torch.float32), dim=-1)
         giving, taking = (unit.gather(1, i.unsqueeze(-1).expand(-1, -1, unit.shape[-1])) for i in (givers, takers))
-        best, partner = (giving @ taking.transpose(-1, -2)).max(-1)
+        alike = giving @ taking.transpose(-1, -2)
+        best, partner = alike.masked_fill(protected.gather(1, takers).unsqueeze(1), -torch.inf).max(-1)
         joins.scatter_(1, givers, takers.gather(1, partner))
         similarity.scatter_(1, givers, best)
     return joins, similarity
@@ -76,7 +77,7 @@ def survival(theta: Tensor, candidates: Tensor, prefix: int, tokens: int) -> Ten
 
 
 def survival_mask(survival: Tensor, kept: int, before: int) -> Tensor:
-    """``(tokens,)`` 0 for the ranks ``kept`` to ``before - 1``, which go here, and 1 for others; gradient of survival."""
+    """``(tokens,)``: 0 for ranks ``kept`` to ``before - 1``, which go here, 1 for others; the gradient of survival."""
     rank = torch.arange(survival.shape[-1], device=survival.device)
     return ste(((rank < kept) | (rank >= before)).to(survival.dtype), survival)
 

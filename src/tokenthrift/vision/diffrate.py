@@ -26,7 +26,7 @@ LEAST_SHARE = 1e-3
     stage="vision",
     paper="DiffRate: Differentiable Compression Rate for Efficient Vision Transformers",
     arxiv="2305.17997",
-    needs=("features", "attention", "prefix", "grid", "tokens"),
+    needs=("features", "attention", "protected", "prefix", "grid", "tokens"),
 )
 class DiffRate:
     """Prune and merge fixed numbers of tokens between attention and MLP; training-free once the numbers are known.
@@ -77,22 +77,27 @@ class DiffRate:
 
     def reduce(self, view: View) -> TokenMap | None:
         """The map of this layer; None where every token is kept."""
-        prefix, tokens = view.prefix, view.features.shape[1]
+        tokens = view.features.shape[1]
         prune, merge = self._kept(view)
+        if merge < tokens:
+            # What is protected stays, and one more to receive what merges.
+            merge = min(max(merge, int(view.protected.sum(-1).max()) + 1), tokens)
+            prune = max(prune, merge)
         if merge >= tokens:
             return None
-        if prefix:
+        if view.prefix:
             importance = view.attention(slice(0, 1)).mean(1)[:, 0]
         else:
             importance = view.attention(slice(None)).mean((1, 2))
-        joins, similarity = prune_and_merge(view.features, rank_tokens(importance, prefix), prune, merge, prefix)
+        rank = rank_tokens(importance, view.protected)
+        joins, similarity = prune_and_merge(view.features, rank, prune, merge, view.protected)
         groups = groups_of(joins, merge)
         if prune == merge:
             return TokenMap.select(groups.anchor, tokens)
         return replace(groups.map(), share=similarity.clamp(min=LEAST_SHARE))
 
     def _kept(self, view: View) -> tuple[int, int]:
-        """Tokens kept after pruning and after merging: ``prefix < merge <= prune <= tokens``."""
+        """Tokens to keep after pruning and after merging: ``merge <= prune <= tokens``."""
         numbers: dict[str, Any] | None = getattr(self, "_numbers", None)
         tokens, prefix, layer = view.features.shape[1], view.prefix, view.layer
         if numbers is None:
@@ -107,8 +112,8 @@ class DiffRate:
             learned_with = numbers.get("tokens") or view.tokens
             scale = (view.tokens - prefix) / max(learned_with - prefix, 1)
             kept = tuple(prefix + math.ceil((numbers[k][layer] - prefix) * scale) for k in ("prune", "merge"))
-        prune = max(min(kept[0], tokens), min(prefix + 1, tokens))
-        return prune, max(min(kept[1], prune), min(prefix + 1, tokens))
+        prune = min(kept[0], tokens)
+        return prune, min(kept[1], prune)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -124,10 +129,15 @@ def _read(path: str) -> dict[str, Any]:
 
 def _check(held: Any, name: str) -> dict[str, Any]:
     """The numbers, if they are what they should be."""
-    parts = [held.get(k) if isinstance(held, dict) else None for k in ("prune", "merge")]
-    counts = [isinstance(p, list) and len(p) > 0 and all(type(n) is int and n >= 1 for n in p) for p in parts]
-    if not all(counts) or len(parts[0]) != len(parts[1]):
+    prune, merge, tokens = (held.get(k) if isinstance(held, dict) else None for k in ("prune", "merge", "tokens"))
+    lists = [counts for counts in (prune, merge) if isinstance(counts, list) and counts and all(map(_is_count, counts))]
+    if len(lists) < 2 or len(lists[0]) != len(lists[1]) or not (tokens is None or _is_count(tokens)):
         raise ThriftError(
-            f'{name} must name the tokens kept in every layer, twice: "prune": [197, 160, ...], "merge": [197, 150, ...]'
+            f"{name} must name the tokens kept in every layer, twice: "
+            '"prune": [197, 160, ...], "merge": [197, 150, ...], and may say "tokens": 197'
         )
     return dict(held)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
