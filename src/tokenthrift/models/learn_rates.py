@@ -107,7 +107,7 @@ def learn_rates(
                 progress(step + 1, steps)
         prune, merge = learner.numbers()
         return {
-            "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "model": _name(model),
             "tokens": learner.tokens,
             "prune": prune,
             "merge": merge,
@@ -119,6 +119,12 @@ def learn_rates(
 def write_rates(schedule: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write what :func:`learn_rates` returned to a JSON file."""
     Path(path).write_text(json.dumps(dict(schedule)) + "\n", encoding="utf-8")
+
+
+def _name(model: nn.Module) -> str:
+    """Its id on the hub, or its class: where its files lie on this machine is nobody's business."""
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return type(model).__name__ if not name or Path(name).is_absolute() or Path(name).exists() else name
 
 
 class _Forward:

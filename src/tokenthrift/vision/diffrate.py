@@ -34,7 +34,8 @@ class DiffRate:
     Tokens are ranked by the attention that the class token pays them, mean over the heads. The lowest are pruned; the
     lowest of the others are merged into the most similar of the tokens that stay (cosine of the features), as a plain
     mean. The size of a merged token counts only in proportion to its similarity. Encoders without a class token rank by
-    the mean attention that a token receives, as the authors do in CAFormer; this computes whole attention maps.
+    the mean attention that a token receives, as the authors do in CAFormer; this computes whole attention maps. Not
+    for causal encoders of texts: their first token sees nothing but itself, so that the earliest tokens would stay.
 
     ``models/learn_rates.py`` learns the numbers on images without labels and writes the file that ``schedule`` reads.
 

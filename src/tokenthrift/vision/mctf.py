@@ -35,8 +35,8 @@ class MCTF:
     then use that same attention, its columns summed and its rows averaged over each group, instead of new queries and
     keys. This needs whole attention maps, ``tokens²`` numbers a head, in the layers that merge.
 
-    ``keep=1.0`` and ``r=0`` change nothing; never are fewer than 10 tokens left. The authors fine-tune for 30 epochs
-    with a consistency loss; what is here is their inference.
+    ``keep=1.0`` and ``r=0`` change nothing; never are fewer than 10 tokens left (in the authors' code a share may leave
+    fewer). The authors fine-tune for 30 epochs with a consistency loss; what is here is their inference.
 
     Parameters:
         keep: share of the patch tokens that is left after the last layer, in (0, 1]; all layers but the first share
