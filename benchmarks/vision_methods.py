@@ -4,10 +4,10 @@
 
 Needs the dinov2-s pack (fetched on first use) and photos: a folder of them, or scikit-image's own. Prints a markdown
 table and, with --out FILE, appends every row to a file of JSON lines; plans that are in it are not measured again.
-Times are medians over the repeats, of one forward of the batch. "matching" is the share of the time in which tokens are
-compared, merged and copied back. Fidelity is the mean over the photos: cosines to the unmodified model of the CLS token,
-of the mean patch token and (mean) of each patch token, copied back to all positions; and the correlation of the pack's
-saliency map made from them with the map of the unmodified model.
+Times are medians over the repeats, of one forward of the batch. "matching" is the share of the time in which tokens
+are compared, merged and copied back. Fidelity is the mean over the photos: cosines to the unmodified model of the CLS
+token, of the mean patch token and (mean) of each patch token, copied back to all positions; and the correlation of
+the pack's saliency map made from them with the map of the unmodified model.
 
 --peer names the file ``tome/merge.py`` of the authors' repository (facebookresearch/ToMe): its matching and merging is
 timed beside ours on tensors of the same shapes.

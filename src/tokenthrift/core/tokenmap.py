@@ -397,22 +397,27 @@ class TokenMap:
             )
         # Always the anchor's anchor, so that composing in any order gives the same.
         anchor = _take(self.anchors, after.anchors, after.mask, 0)
-        if self.share is None and after.share is None:
-            if self.is_selection and after.is_selection:
-                index = _take(torch.where(self.mask, self.source, -1), after.source, after.mask, -1)
-                return replace(TokenMap.select(index, self.n_in), anchor=anchor)
-            if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
-                mid, real = self.target, self._real
-                second = torch.zeros(*after.lead, after.n_in, device=self.device)
-                second = second.scatter_add_(-1, after.source, after.weight * (after.target >= 0))
-                return TokenMap(
-                    source=self.source,
-                    target=_take(after.owner, mid, real, -1),
-                    weight=self.weight * _take(second, mid, real, 0),
-                    n_in=self.n_in,
-                    n_out=after.n_out,
-                    anchor=anchor,
-                )
+        shared = self.share is not None or after.share is not None
+        if self.is_selection and after.is_selection and not shared:
+            index = _take(torch.where(self.mask, self.source, -1), after.source, after.mask, -1)
+            return replace(TokenMap.select(index, self.n_in), anchor=anchor)
+        if self.exclusive and after.exclusive:  # every edge of the first map has at most one continuation
+            mid, real = self.target, self._real
+
+            def second(values: Tensor) -> Tensor:
+                of_mid = torch.zeros(*after.lead, after.n_in, device=self.device)
+                of_mid = of_mid.scatter_add_(-1, after.source, values * (after.target >= 0))
+                return _take(of_mid, mid, real, 0)
+
+            return TokenMap(
+                source=self.source,
+                target=_take(after.owner, mid, real, -1),
+                weight=self.weight * second(after.weight),
+                n_in=self.n_in,
+                n_out=after.n_out,
+                share=self._share * second(after._share) if shared else None,
+                anchor=anchor,
+            )
         weight = after.dense() @ self.dense()
         share = after._dense(after._share) @ self._dense(self._share)
         return replace(TokenMap.transform(share), weight=weight.flatten(-2), anchor=anchor)
@@ -457,6 +462,8 @@ class TokenMap:
 def _flat(index: Tensor, n: int) -> Tensor:
     """``index`` ``(*lead, m)`` into ``(*lead, n)``, as an index into both flattened."""
     *lead, _ = index.shape
+    if math.prod(lead) == 1:
+        return index.flatten()
     return (index + n * torch.arange(math.prod(lead), device=index.device).view(*lead, 1)).flatten()
 
 

@@ -72,6 +72,8 @@ class Forward:
     """Rows of the original batch that have become one."""
     widths: list[tuple[int, int, int]] = field(default_factory=list)
     """Per layer: tokens that are projected, tokens that attend to each other, tokens in the MLP."""
+    ahead: list[int] = field(default_factory=list)
+    """Numbers of tokens whose attention was computed before their reduction, to be fused."""
     maps: list[TokenMap] = field(default_factory=list)
     sizes: Tensor | None = None
     """Per token, how many it stands for: ``(batch, tokens)``; None = all one."""
@@ -122,7 +124,15 @@ class Forward:
 
     def snapshot(self, replay: str) -> Forward:
         """This state, for computing a layer again."""
-        return replace(self, widths=list(self.widths), maps=list(self.maps), seen={}, whole=None, replay=replay)
+        return replace(
+            self,
+            widths=list(self.widths),
+            ahead=list(self.ahead),
+            maps=list(self.maps),
+            seen={},
+            whole=None,
+            replay=replay,
+        )
 
     # ---- its life ---------------------------------------------------------------------------------------------------
 

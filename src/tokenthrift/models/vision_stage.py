@@ -236,6 +236,11 @@ class _Runtime:
         for (of_attention, of_mlp), (projected, attending, mlp) in zip(self.costs, widths, strict=True):
             total += projected * of_attention + mlp * of_mlp
             total += attention_flops(attending, attending, self.parts.heads, self.parts.head_dim)
+        queries_keys = (
+            2 * 2 * self.parts.heads * self.parts.head_dim * part(self.layers[0], self.family.key).in_features
+        )
+        for n in now.ahead if widths is now.widths else ():  # queries and keys once more, and their products
+            total += n * queries_keys + attention_flops(n, n, self.parts.heads, self.parts.head_dim) // 2
         patches = self.parts.patches
         embedded = 0 if patches is None else 2 * patches.weight.numel() * now.grid[1] * now.grid[2] * now.frames
         return now.batch * (total * frames + embedded)
@@ -287,6 +292,7 @@ class _Runtime:
             return h
         if getattr(self.method, "fused_attention", False):
             now.fused = fuse_attention(now.full_attention(project), map)
+            now.ahead.append(h.shape[1])
         now.commit(map)
         return map.apply(h) if combined is None else combined
 
