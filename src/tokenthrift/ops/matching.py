@@ -140,3 +140,22 @@ def most_mergeable(tokens: int, protected: Tensor | None = None) -> int:
     givers, takers = free[:, ::2].sum(-1), free[:, 1::2].sum(-1)
     most = torch.minimum((givers + takers) // 2, givers) * (takers > 0)
     return int(most.min()) if most.numel() else 0
+
+
+def merged_pairs(map: TokenMap, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs that an exclusive merge joined, best match first.
+
+    Args:
+        map: a merge that removes as many tokens of every row, and drops none.
+        metric: ``(batch, tokens, dim)`` what the matching compared.
+
+    Returns:
+        ``(batch, n_in - n_out)`` int64 each: the tokens that joined another, and the tokens that they joined.
+    """
+    stays = torch.zeros(*map.lead, map.n_in, dtype=torch.uint8, device=map.device).scatter_(1, map.anchors, 1)
+    source = stays.argsort(dim=-1, stable=True)[:, : map.n_in - map.n_out]
+    target = map.anchors.gather(1, map.owner.gather(1, source))
+    metric = normalize(metric.to(torch.float32), dim=-1)
+    rows = torch.arange(len(metric), device=metric.device).unsqueeze(-1)
+    rank = (metric[rows, source] * metric[rows, target]).sum(-1).argsort(dim=-1, descending=True, stable=True)
+    return source.gather(1, rank), target.gather(1, rank)
