@@ -11,11 +11,11 @@ from torch.nn.functional import normalize
 
 import tokenthrift as tt
 from models.encoders import text_encoder, texts
-from models.test_encoder import MODELS, build, features, pixels
 from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.view import Lazy
 from tokenthrift.ops.matching import bipartite_soft_matching
 from tokenthrift.vision.pitome import PiToMe, PiToMeText, alternate_ranks, energy, gaussian_energy, most_similar_ranks
+from vision.tiny import ENCODERS, build, run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision"
 close = {"rtol": 1e-5, "atol": 1e-5}
@@ -259,20 +259,20 @@ def test_plans_print_back_the_same(call):
     assert Plan.parse(str(plan)) == plan == Plan.from_yaml(plan.to_yaml())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("call", ["pitome(keep=0.4)", "pitome(ratio=0.8, prop_attn=True)", "pitome(r=3, bsm=0.0)"])
 def test_vision_encoders_run_it(name, call):
-    model, prefix = build(name), MODELS[name][2]
-    dense = features(model, pixels())
+    model, prefix = build(name), ENCODERS[name][1]
+    dense = run(model)
     with tt.apply(f"vision={call}", model) as session:
-        out = features(model, pixels())
+        out = run(model)
     assert out.isfinite().all() and out.shape[1] < dense.shape[1]
     map = session.provenance()["vision"]
     assert map.n_out == out.shape[1]
     assert torch.equal(map.owner[:, :prefix], torch.arange(prefix).expand(2, -1))
-    assert torch.equal(features(model, pixels()), dense)
+    assert torch.equal(run(model), dense)
     with tt.apply("vision=pitome(keep=1.0)", model):
-        assert torch.equal(features(model, pixels()), dense)
+        assert torch.equal(run(model), dense)
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])

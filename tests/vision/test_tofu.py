@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenthrift as tt
-from models.test_encoder import MODELS, build, features, pixels
 from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.tokenmap import TokenMap
 from tokenthrift.ops.matching import bipartite_soft_matching
 from tokenthrift.vision.tofu import ToFu, mlerp
+from vision.tiny import ENCODERS, build, run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tofu_mlerp.npz"
 close = {"rtol": 1e-5, "atol": 1e-5}
@@ -126,17 +126,17 @@ def test_bad_parameters_are_refused(call, match):
         Plan.parse(f"vision={call}")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ENCODERS)
 def test_vision_encoders_run_it(name):
-    model, prefix = build(name), MODELS[name][2]
-    dense = features(model, pixels())
+    model, prefix = build(name), ENCODERS[name][1]
+    dense = run(model)
     with tt.apply("vision=tofu(keep=0.4)", model) as session:
-        out = features(model, pixels())
+        out = run(model)
     map = session.provenance()["vision"]
     assert out.isfinite().all() and map.n_out == out.shape[1] == prefix + 10
     assert torch.equal(map.owner[:, :prefix], torch.arange(prefix).expand(2, -1))
     with tt.apply("vision=tofu(keep=1.0)", model):
-        assert torch.equal(features(model, pixels()), dense)
+        assert torch.equal(run(model), dense)
 
 
 def test_without_pruning_a_layer_is_the_mlerp_block_written_out():
@@ -148,7 +148,7 @@ def test_without_pruning_a_layer_is_the_mlerp_block_written_out():
             layer.norm2.register_forward_pre_hook(lambda m, args: inputs.append(args[0]), prepend=True),
             layer.register_forward_hook(lambda m, args, out: outputs.append(out)),
         ]
-        features(model, pixels())
+        run(model)
         for handle in handles:
             handle.remove()
     merged = mlerp(inputs[0], session.provenance()["vision"])

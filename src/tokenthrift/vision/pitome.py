@@ -13,6 +13,7 @@ from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
+from ..ops.clustering import ranked
 from ..ops.matching import Groups, bipartite_soft_matching, most_similar
 from ..ops.schedules import Removal, check_removal, check_share, to_remove
 
@@ -151,14 +152,14 @@ def gaussian_energy(metric: Tensor, margin: float, protected: Tensor) -> Tensor:
 
 def alternate_ranks(metric: Tensor, scores: Tensor, r: int) -> Groups:
     """Of the ``2r`` tokens of highest energy, those at even ranks join the most similar ones at odd ranks."""
-    top = _ranked(scores)[:, : 2 * r]
+    top = ranked(scores)[:, : 2 * r]
     giver, taker = top[:, ::2], top[:, 1::2]
     return Groups.of_pairs(giver, most_similar(metric, giver, taker), metric.shape[1])
 
 
 def most_similar_ranks(metric: Tensor, scores: Tensor, r: int) -> Groups:
     """Of all tokens, the ``r`` at even ranks that have the most similar one at an odd rank join it."""
-    rank = _ranked(scores)
+    rank = ranked(scores)
     row = torch.arange(metric.shape[0], device=metric.device).unsqueeze(-1)
     matched = bipartite_soft_matching(metric[row, rank], r, scores[row, rank] == -torch.inf)
     assert matched is not None  # r is at most half of the unprotected tokens, which have the first ranks
@@ -169,13 +170,9 @@ def most_similar_ranks(metric: Tensor, scores: Tensor, r: int) -> Groups:
 
 def upper_into_lower(metric: Tensor, scores: Tensor, r: int) -> Groups:
     """The ``r`` tokens of highest energy join the most similar ones of the next ``r``."""
-    top = _ranked(scores)
+    top = ranked(scores)
     giver, taker = top[:, :r], top[:, r : 2 * r]
     return Groups.of_pairs(giver, most_similar(metric, giver, taker), metric.shape[1])
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 def _mean_over_free(affinity: Tensor, protected: Tensor) -> Tensor:
