@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
@@ -123,3 +125,9 @@ def augment_keys(query: Tensor, key: Tensor, sizes: Tensor, scaling: float, mult
     wide_key = torch.cat([key, channel], dim=-1)
     wide_query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
     return pad(wide_query, (0, fill)), pad(wide_key, (0, fill))
+
+
+def per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``, to all heads at once."""
+    out = function(x.transpose(1, 2).flatten(2))
+    return out.view(*out.shape[:2], x.shape[1], -1).transpose(1, 2)
