@@ -130,4 +130,4 @@ def augment_keys(query: Tensor, key: Tensor, sizes: Tensor, scaling: float, mult
 def per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``, to all heads at once."""
     out = function(x.transpose(1, 2).flatten(2))
-    return out.view(*out.shape[:2], x.shape[1], -1).transpose(1, 2)
+    return out.reshape(*out.shape[:2], x.shape[1], -1).transpose(1, 2)
