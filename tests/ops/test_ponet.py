@@ -34,9 +34,8 @@ def test_segments_are_the_official_ones():
 def test_padding_has_no_influence():
     g, (q, k, o, local, segment, index) = golden()
     n = 8
-    alone = multi_granularity_pool(
-        q[1:, :, :n], k[1:, :, :n], o[1:, :, :n], local[1:, :n], segment[1:, :n], index[1:, :n]
-    )
+    heads, rows = [x[1:, :, :n] for x in (q, k, o)], [x[1:, :n] for x in (local, segment, index)]
+    alone = multi_granularity_pool(*heads, *rows)
     both = multi_granularity_pool(q, k, o, local, segment, index, g["mask"])
     torch.testing.assert_close(both[1:, :n], alone, **close)
     assert (both[1, n:] == 0).all()

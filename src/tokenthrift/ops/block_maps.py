@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def dynamic_block_map(
@@ -34,7 +35,7 @@ def dynamic_block_map(
     scores = (queries.to(torch.float32) @ keys.to(torch.float32).transpose(-1, -2)) * scaling
     weight = torch.softmax(scores + key_sizes.to(torch.float32).log().unsqueeze(-2), dim=-1)  # log 0 = -inf
     heaviest, order = weight.sort(dim=-1, descending=True, stable=True)
-    before = heaviest.cumsum(-1) - heaviest  # what the heavier clusters hold already
+    before = pad(heaviest.cumsum(-1)[..., :-1], (1, 0))  # what the heavier clusters hold already
     rank = torch.arange(keys.shape[-2], device=keys.device)
     # A cluster is wanted while those before it hold no more than top_p: the one that crosses the line is kept.
     wanted = before <= top_p if top_p < 1 else heaviest > 0

@@ -59,10 +59,10 @@ class SuperTokens:
         if self.cell == (1, 1):
             return None
         x, (frames, height, width) = view.features, view.grid
-        patches = patch_index(x.shape[1], view.grid, view.prefix).to(x.device)
+        patches = patch_index(x.shape[1], view.grid, view.prefix)
         if view.prefix and frames > 1 and int(patches[1, 0] - patches[0, -1]) > 1:
             raise ThriftError("super_tokens works on one sequence of patches, not on frames with a prefix each")
-        map = x[:, patches].to(torch.float32).flatten(0, 1).transpose(1, 2).unflatten(2, (height, width))
+        map = x[:, patches.to(x.device)].to(torch.float32).flatten(0, 1).transpose(1, 2).unflatten(2, (height, width))
         map = pad_to_cells(layer_norm(map.movedim(1, -1), map.shape[1:2]).movedim(-1, 1), self.cell, "replicate")
         _, association = super_tokens(map, self.cell, self.iterations)
         return association_map(association, frames, height, width, self.cell, view.prefix)
