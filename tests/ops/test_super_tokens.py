@@ -41,7 +41,7 @@ def test_one_round_is_what_the_paper_says(cell):
 
     map = association_map(association, 1, 4, 6, cell)
     share = p / p.sum(1, keepdim=True)  # neighbours outside the map have no part
-    torch.testing.assert_close(map._dense(map._share), share, **close)
+    torch.testing.assert_close(map.dense_share(), share, **close)
     torch.testing.assert_close(map.dense(), share / share.sum(-1, keepdim=True), **close)
 
 
