@@ -12,12 +12,15 @@ def adapter_for(model: Any) -> Adapter:
     """The adapter of a ``transformers`` model. Raises ThriftError, with what to do, if none fits."""
     from .decoder import DecoderAdapter
     from .encoder import EncoderAdapter
+    from .multiview import MultiViewAdapter
 
-    for adapter in (DecoderAdapter, EncoderAdapter):
+    # A multi-view model holds an encoder of images too, so it is asked first.
+    for adapter in (DecoderAdapter, MultiViewAdapter, EncoderAdapter):
         if adapter.fits(model):
             return adapter(model)
     raise ThriftError(
         f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention "
         "dispatches through transformers' AttentionInterface, and encoders: DINOv2, ViT, DeiT, CLIP, SigLIP, timm's "
-        "VisionTransformer, BERT, RoBERTa, DistilBERT (to add one, give models.encoder.FAMILIES a row)"
+        "VisionTransformer, BERT, RoBERTa, DistilBERT (to add one, give models.encoder.FAMILIES a row), and "
+        "multi-view transformers laid out as VGGT"
     )

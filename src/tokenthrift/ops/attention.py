@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
@@ -132,3 +134,9 @@ def augment_keys(
     wide_keys = torch.cat([keys, channel], dim=-1)
     spare = -wide_keys.shape[-1] % multiple
     return pad(wide_queries, (0, spare)), pad(wide_keys, (0, spare))
+
+
+def per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``, to all heads at once."""
+    out = function(x.transpose(1, 2).flatten(2))
+    return out.reshape(*out.shape[:2], x.shape[1], -1).transpose(1, 2)
