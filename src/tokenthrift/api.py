@@ -24,7 +24,8 @@ def apply(plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None, model:
     Args:
         plan: a Plan, text such as ``"cache=snapkv(budget=512)"``, a mapping, the path of a plan.yaml, or None.
         model: any supported ``transformers`` model.
-        processor: its tokenizer, needed only by plans with a text stage (for ``session.compress``).
+        processor: its tokenizer, needed only by plans with a text stage (for ``session.compress``) and by methods that
+            look at words.
 
     Raises:
         ThriftError: unknown method, parameter or stage, or a model that no adapter fits.
@@ -32,7 +33,7 @@ def apply(plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None, model:
     from .models.adapters import adapter_for
 
     compressor = None if processor is None else _compressor(model, getattr(processor, "tokenizer", processor))
-    return Session(Plan.of(plan), adapter_for(model), compressor)
+    return Session(Plan.of(plan), adapter_for(model), compressor, processor)
 
 
 def compress(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    BertConfig,
-    BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
@@ -18,6 +18,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
@@ -51,6 +53,7 @@ MODELS = {
         4,
     ),
     "vit": (lambda: ViTModel(ViTConfig(**TINY, intermediate_size=48)), VIT, 1),
+    "deit": (lambda: DeiTModel(DeiTConfig(**TINY, intermediate_size=48)), VIT, 2),
     "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**CLIP)), SELF, 1),
     "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**CLIP)), SELF, 0),
 }
@@ -368,19 +371,30 @@ def test_attention_rows_and_pruning_to_different_numbers():
 
 
 def test_models_that_do_not_fit_say_what_does():
-    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
-    assert not EncoderAdapter.fits(bert)
-    with pytest.raises(tt.ThriftError, match=r"BertModel; supported are .*DINOv2, ViT, CLIP and SigLIP"):
-        tt.apply("vision=tome(r=4)", bert)
+    t5 = T5EncoderModel(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20))
+    assert not EncoderAdapter.fits(t5)
+    with pytest.raises(tt.ThriftError, match=r"T5EncoderModel; supported are .*DINOv2, ViT, .*FAMILIES"):
+        tt.apply("vision=tome(r=4)", t5)
 
 
-def test_attention_masks_are_refused_only_where_they_would_be_wrong():
+def test_an_image_smaller_than_a_patch():
+    model, too_small = build("dinov2"), r"5 x 40 pixels is smaller than a patch \(8 x 8\)"
+    with pytest.raises(tt.ThriftError, match=too_small), tt.apply("vision=tome(r=2)", model):
+        features(model, pixels(1, 5, 40))
+
+
+def test_masked_tokens_are_left_out_of_the_reduction():
     model, mask = build("dinov2", "eager"), torch.ones(2, 26, dtype=torch.long)
     mask[0, -3:] = 0
+    dense = model(pixels(), attention_mask=mask).last_hidden_state
     with tt.apply("vision=tome(r=0)", model):
+        assert torch.equal(model(pixels(), attention_mask=mask).last_hidden_state, dense)
+    with tt.apply("vision=tome(r=2)", model) as session:
         model(pixels(), attention_mask=mask)
-    with pytest.raises(tt.ThriftError, match="attention_mask"), tt.apply("vision=tome(r=2)", model):
-        model(pixels(), attention_mask=mask)
+    map = session.provenance()["vision"]
+    assert map.n_out == 20 and (map.owner[0, -3:] == -1).all() and map.mask[0].sum() == 17
+    with pytest.raises(tt.ThriftError, match="dimensions"), tt.apply("vision=tome(r=2)", model):
+        model(pixels(), attention_mask=mask[:, None, None].bool())
 
 
 def test_other_attention_kernels_are_refused():

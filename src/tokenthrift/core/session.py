@@ -91,7 +91,9 @@ class Session:
     ``records`` fill while the user's own calls run; :meth:`report` and :meth:`provenance` can be read inside and after.
     """
 
-    def __init__(self, plan: Plan, adapter: Adapter, compressor: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, plan: Plan, adapter: Adapter, compressor: Callable[..., Any] | None = None, processor: Any = None
+    ) -> None:
         # Text is reduced before it is tokenised, so no adapter installs it: `compress` is called by the user.
         self._stages = [s for s in plan.stages if s != "text"]
         for stage in self._stages:
@@ -102,6 +104,7 @@ class Session:
                 )
         self.plan = plan
         self.adapter = adapter
+        self.processor = processor
         self.records: dict[str, StageRecord] = {}
         self.forwards = 0
         self.flops = self.flops_dense = 0.0

@@ -265,6 +265,10 @@ class TokenMap:
         """``W`` as ``(*lead, n_out, n_in)`` float32."""
         return self._dense(self.weight)
 
+    def dense_share(self) -> Tensor:
+        """``P`` as ``(*lead, n_out, n_in)`` float32: how much of each input's mass goes to each output."""
+        return self._dense(self._share)
+
     # ---- using it ---------------------------------------------------------------------------------------------------
 
     def apply(self, x: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ class View:
     ``sizes``        vision                             ``(batch, tokens)``, original tokens in each token
     ``grid``         vision connector                   ``(t, h, w)`` of the patch tokens, before any reduction
     ``prefix``       vision                             number of leading tokens that are no patches (CLS, registers)
+    ``tokens``       vision                             tokens at the start of the forward, the prefix included
+    ``segments``     vision                             ``(batch, tokens)`` int64, of texts: the number of the
+                                                        identifier that a token belongs to
     ``layer``        vision cache prefill               index of the layer; ``layers`` their number
     ``text``         text                               the prompt; ``question`` what will be asked, or None
     ``scorer``       text                               a causal language model for self-information

@@ -18,5 +18,6 @@ def adapter_for(model: Any) -> Adapter:
             return adapter(model)
     raise ThriftError(
         f"no adapter fits {type(model).__name__}; supported are decoder-only language models whose attention "
-        "dispatches through transformers' AttentionInterface, and DINOv2, ViT, CLIP and SigLIP vision encoders"
+        "dispatches through transformers' AttentionInterface, and encoders: DINOv2, ViT, DeiT, CLIP, SigLIP, timm's "
+        "VisionTransformer, BERT, RoBERTa, DistilBERT (to add one, give models.encoder.FAMILIES a row)"
     )

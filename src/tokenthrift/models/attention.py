@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,7 +36,24 @@ class Watcher(Protocol):
         """Runs when the output exists; may reduce the layer's cache."""
 
 
+class Attend(Protocol):
+    """Takes the place of one module's attention calls."""
+
+    def __call__(
+        self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """What attention gives, ``(batch, heads, q, dim)``; ``run`` is what the model would have called."""
+
+
+class Run(Protocol):
+    """The model's own attention function."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """``(batch, heads, q, dim)``; ``key`` and ``value`` ``(batch, kv_heads, kv, dim)``."""
+
+
 _watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+_replaced: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
 
 
 def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Watcher], undo: ExitStack) -> None:
@@ -43,14 +62,42 @@ def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Wa
     Raises:
         ThriftError: the attention implementation has no place for masks of our own, or another session is there.
     """
+    _stand_before(list(modules), _watchers, make, undo, BASES)
+
+
+def replace_attention(
+    modules: Iterable[nn.Module], make: Callable[[nn.Module], Attend], undo: ExitStack, bases: Iterable[str] = BASES
+) -> None:
+    """Let ``make(module)`` answer every module's attention calls until ``undo`` closes.
+
+    Modules without a ``transformers`` config (timm's, VGGT's) must call ``scaled_dot_product_attention`` themselves:
+    that call is the one replaced, and only while their forward runs.
+
+    Raises:
+        ThriftError: the attention implementation is none of ``bases``, or another session is there.
+    """
     modules = list(modules)
+    named = [m for m in modules if hasattr(getattr(m, "config", None), "_attn_implementation")]
+    _stand_before(named, _replaced, make, undo, tuple(bases))
     for module in modules:
-        if module in _watchers:
+        if module not in named:
+            _replace_sdpa(module, make(module), undo)
+
+
+def _stand_before(
+    modules: list[nn.Module],
+    place: WeakKeyDictionary[nn.Module, Any],
+    make: Callable[[nn.Module], Any],
+    undo: ExitStack,
+    bases: tuple[str, ...],
+) -> None:
+    for module in modules:
+        if module in _watchers or module in _replaced:
             raise ThriftError("another session is installed on this model; leave its with block first")
     configs: dict[int, Any] = {id(m.config): m.config for m in modules}
     for config in configs.values():
         base = config._attn_implementation
-        if base not in BASES:
+        if base not in bases:
             raise ThriftError(
                 f"attention implementation '{base}' is not supported; load the model with attn_implementation='sdpa'"
             )
@@ -58,8 +105,8 @@ def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Wa
         undo.callback(setattr, config, "_attn_implementation_internal", base)
         config._attn_implementation_internal = PREFIX + base
     for module in modules:
-        undo.callback(_watchers.pop, module, None)
-        _watchers[module] = make(module)
+        undo.callback(place.pop, module, None)
+        place[module] = make(module)
 
 
 def _register(base: str) -> None:
@@ -77,12 +124,59 @@ def _attention_over(base: str) -> Callable[..., Any]:
         # Eager attention is a function of each model's own file, not of the shared table.
         default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         run = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
-        watcher = _watchers.get(module)
+        watcher, replaced = _watchers.get(module), _replaced.get(module)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if replaced is not None:
+
+            def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+                return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
+
+            return replaced(model_s, query, key, value, attention_mask, scaling).transpose(1, 2), None
         if watcher is None:
             return run(module, query, key, value, attention_mask, **kwargs)
         mask = watcher.before(query, key, attention_mask)
         out = run(module, query, key, value, mask, **kwargs)
-        watcher.after(query, key, value, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        watcher.after(query, key, value, mask, scaling)
         return out
 
     return attention
+
+
+def _replace_sdpa(module: nn.Module, attend: Attend, undo: ExitStack) -> None:
+    """Answer the calls of ``scaled_dot_product_attention`` during this module's forward."""
+    running: list[_ReplaceSDPA] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        mode = _ReplaceSDPA(attend)
+        mode.__enter__()
+        running.append(mode)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+
+    undo.callback(module.register_forward_pre_hook(enter).remove)
+    undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+class _ReplaceSDPA(TorchFunctionMode):
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"), args, strict=False))
+        query, key, value, mask, scale = (
+            {**call, **kwargs}.get(n) for n in ("query", "key", "value", "attn_mask", "scale")
+        )
+        rest = {k: v for k, v in {**call, **kwargs}.items() if k not in ("query", "key", "value", "attn_mask", "scale")}
+        assert query is not None and key is not None and value is not None
+        scaling = query.shape[-1] ** -0.5 if scale is None else scale
+
+        def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            return func(query, key, value, attn_mask=mask, scale=scaling, **rest)
+
+        return self.attend(model_s, query, key, value, mask, scaling)

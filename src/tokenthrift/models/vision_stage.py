@@ -1,24 +1,33 @@
-"""The vision stage: reduces patch tokens between attention and MLP of every encoder layer, by hooks alone.
+"""The vision stage: reduces tokens in the layers of an encoder, by hooks alone.
 
-A pre-norm layer computes ``h = x + attention(x)`` and returns ``h + mlp(h)``. Hooks cannot shorten the residual ``h``,
-but with a reduction ``M`` and a lift ``U`` for which ``M U = I`` they need not: ``M (h + U mlp(M h)) = M h + mlp(M h)``
-is the layer with its tokens reduced between attention and MLP. So the second norm gets ``M h``, the output of the MLP
-is lifted with ``U``, and the layer's output is reduced with ``M``. The identity holds for pruning and merging, with any
-LayerScale after the MLP; the MLP runs on the few tokens only.
+Where a method acts is its ``placement``:
 
-A method of this stage has ``reduce(view) -> TokenMap | None``: None leaves the layer as it is, and then nothing is
-computed for it. Protected tokens must come out first, in their order. A method whose ``prop_attn`` is true gets
-proportional attention: ``log(size)`` is added to the attention scores, so a token counts as often as it has patches.
+``between`` attention and MLP (the default). A pre-norm layer computes ``h = x + attention(x)`` and returns ``h +
+mlp(h)``. Hooks cannot shorten the residual ``h``, but with a reduction ``M`` and a lift ``U`` for which ``M U = I``
+they need not: ``M (h + U mlp(M h)) = M h + mlp(M h)`` is the layer with its tokens reduced between attention and MLP.
+So the second norm gets ``M h``, the output of the MLP is lifted with ``U``, and the layer's output is reduced with
+``M``. The identity holds for pruning and merging, with any LayerScale after the MLP; the MLP runs on the few tokens
+only. In post-norm layers ``h`` is the output of a norm, and it is enough to shorten that.
+
+``boundary``: the input of a layer is reduced. Any map will do. Before it, ``join`` may make sequences of several rows
+(frames). With ``fused_attention`` the layer takes ``W A P^T`` of the attention ``A`` before the reduction as its own.
+
+``around``: the input of a sub-layer (``on``: attention, mlp, or kernel: the queries, keys and values) is reduced and
+its output unmerged, so that the length of the stream stays.
+
+A method has ``reduce(view) -> TokenMap | None``: None leaves the layer as it is, and then nothing is computed for it.
+Protected tokens of the prefix must come out first, in their order. ``combine(view, map)`` may make the merged features
+itself. A method whose ``prop_attn`` is true gets proportional attention: ``log(size)`` is added to the attention
+scores, so a token counts as often as it has sources; kernels that take no such mask get it as one more channel of the
+keys.
 """
 
 from __future__ import annotations
 
-import time
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, partial, reduce
-from types import TracebackType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,101 +37,106 @@ from ..core.costs import attention_flops, linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
-from ..core.view import Lazy, View
+from ..ops.attention import augment_keys, fuse_attention
+from .attention import BASES, replace_attention
 from .encoder import part
+from .encoder_forward import Forward, Parts, attention_bias
 
 if TYPE_CHECKING:
+    from .attention import Attend, Run
     from .encoder import EncoderAdapter
+
+PLACEMENTS = ("between", "boundary", "around")
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Kernels that take no additive mask."""
 
 
 def install_vision(adapter: EncoderAdapter, method: Any, session: Session, undo: ExitStack) -> None:
     """Reduce the encoder's tokens with ``method`` until ``undo`` closes.
 
     Raises:
-        ThriftError: the method wants proportional attention, and the model's attention takes no additive mask.
+        ThriftError: the method does not fit the encoder or its attention implementation.
     """
-    attention = adapter.encoder.config._attn_implementation
-    if getattr(method, "prop_attn", False) and attention not in ("sdpa", "eager"):
-        raise ThriftError(
-            f"proportional attention needs sdpa or eager attention, the model uses {attention}: "
-            "call model.set_attn_implementation('sdpa'), or set prop_attn=False"
-        )
     _Runtime(adapter, method, session).attach(undo)
-
-
-@dataclass
-class _Forward:
-    """What is known during one forward of the encoder. A new one each time, so that no forward affects the next."""
-
-    grid: tuple[int, int, int] = (0, 0, 0)
-    tokens: int = 0
-    """At the start; ``batch`` the number of images."""
-    batch: int = 0
-    widths: list[tuple[int, int]] = field(default_factory=list)
-    """Per layer: tokens in attention, tokens in the MLP."""
-    maps: list[TokenMap] = field(default_factory=list)
-    sizes: Tensor | None = None
-    """Per token, how many it stands for: ``(batch, tokens)``; None = all one."""
-    bias: Tensor | None = None
-    """To be added to the attention scores: ``(batch, 1, 1, tokens)``."""
-    masked: bool = False
-    """The user gave an attention mask."""
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    """Outputs of this layer's query and key projections."""
-    map: TokenMap | None = None
-    """The reduction of the layer that is running."""
-    seconds: float = 0.0
-
-    @property
-    def prefix(self) -> int:
-        return self.tokens - self.grid[1] * self.grid[2]
-
-    @cached_property
-    def composed(self) -> TokenMap:
-        """All layers' maps so far, as one."""
-        return reduce(TokenMap.then, self.maps)
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.seconds += time.perf_counter() - self._started
 
 
 class _Runtime:
     """The hooks of one session. All state of a forward is in ``self.now``."""
 
     def __init__(self, adapter: EncoderAdapter, method: Any, session: Session) -> None:
+        self.parts = Parts(adapter.encoder, adapter.family, adapter.layers)
         self.encoder, self.family, self.layers = adapter.encoder, adapter.family, adapter.layers
-        self.method = method
-        self.session = session
+        self.method, self.session = method, session
+        self.name = method.info.name
+        self.placement = getattr(method, "placement", "between")
+        if self.placement not in PLACEMENTS:
+            raise ThriftError(f"{self.name} has the placement {self.placement!r}; there are {', '.join(PLACEMENTS)}")
+        self.on = set(getattr(method, "on", ())) if self.placement == "around" else set()
+        if self.on - {"attention", "mlp", "kernel"} or (self.placement == "around" and not self.on):
+            raise ThriftError(f"{self.name} on={sorted(self.on)}: name some of 'attention', 'mlp' and 'kernel'")
+        if "mlp" in self.on and self.family.post_norm:
+            raise ThriftError(f"{type(self.encoder).__name__} has no MLP module to merge around: leave out on='mlp'")
+        self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
         self.inside = adapter.encoder is not adapter.model
-        self.now: _Forward | None = None
-        self.patches = part(self.encoder, self.family.patches)
-        self.attentions = [part(layer, self.family.attention) for layer in self.layers]
-        self.mlps = [part(layer, self.family.mlp) for layer in self.layers]
-        self.costs = [(linear_flops(a), linear_flops(m)) for a, m in zip(self.attentions, self.mlps, strict=True)]
+        self.now: Forward | None = None
+        attention_parts = [part(layer, self.family.attention.split(".")[0]) for layer in self.layers]
+        of_attention = [linear_flops(a) for a in attention_parts]
+        self.costs = [(a, linear_flops(layer) - a) for a, layer in zip(of_attention, self.layers, strict=True)]
         needs = set(method.info.needs)
-        self.wanted = [p for p, parts in PROJECTIONS.items() if needs & parts]
+        self.wanted = {
+            path
+            for path, parts in ((self.family.query, {"attention"}), (self.family.key, {"attention", "keys"}))
+            if needs & parts
+        }
+        config = getattr(adapter.encoder, "config", None)
+        self.kernel = getattr(config, "_attn_implementation", "sdpa")
+        if self.kernel not in BASES and (self.prop_attn and self.kernel not in FLASH):
+            raise ThriftError(
+                f"proportional attention needs sdpa, eager or flash attention, the model uses {self.kernel}: "
+                "call model.set_attn_implementation('sdpa'), or set prop_attn=False"
+            )
+        self.signature = inspect.signature(self.encoder.forward)
 
     def attach(self, undo: ExitStack) -> None:
         def hook(register: Callable[..., Any], function: Callable[..., Any], **how: Any) -> None:
             undo.callback(register(function, **how).remove)
 
-        hook(self.encoder.register_forward_pre_hook, self.begin)
+        family = self.family
+        hook(self.encoder.register_forward_pre_hook, self.begin, with_kwargs=True)
         hook(self.encoder.register_forward_hook, self.finish, always_call=True)  # after an exception, to forget
-        hook(self.patches.register_forward_hook, self.see_grid)
-        pool = getattr(self.encoder, self.family.pool, None) if self.family.pool else None
-        if pool is not None:
-            hook(pool.register_forward_pre_hook, self.before_pool)
-        for i, layer in enumerate(self.layers):
-            hook(layer.register_forward_pre_hook, partial(self.before_layer, i), with_kwargs=True)
-            for name in self.wanted:
-                hook(part(self.attentions[i], name).register_forward_hook, partial(self.see_projection, name))
-            hook(part(layer, self.family.norm).register_forward_pre_hook, partial(self.before_norm, i))
-            hook(self.mlps[i].register_forward_hook, self.after_mlp)
+        if self.parts.patches is not None:
+            hook(self.parts.patches.register_forward_hook, self.see_grid)
+        for path in (family.pool, family.restore):
+            module = getattr(self.encoder, path, None) if path else None
+            if module is not None:
+                hook(module.register_forward_pre_hook, self.restore)
+        unlike = {id(layer): layer for layer in self.layers}.values()  # a layer may be there several times
+        for layer in unlike:
+            norm, mlp = part(layer, family.norm), None if family.post_norm else part(layer, family.mlp)
+            hook(layer.register_forward_pre_hook, self.before_layer, with_kwargs=True)
+            if self.placement == "between":
+                for path in self.wanted:
+                    hook(part(layer, path).register_forward_hook, partial(self.see_projection, path))
+                if mlp is None:
+                    hook(norm.register_forward_hook, self.after_norm)
+                else:
+                    hook(norm.register_forward_pre_hook, self.before_norm)
+                    hook(mlp.register_forward_hook, self.after_mlp)
+            if "attention" in self.on:
+                hook(part(layer, family.attention).register_forward_pre_hook, self.merge_input, with_kwargs=True)
+                hook(part(layer, family.attention).register_forward_hook, self.unmerge_output)
+            if mlp is not None and "mlp" in self.on:
+                hook(mlp.register_forward_pre_hook, self.merge_input, with_kwargs=True)
+                hook(mlp.register_forward_hook, self.unmerge_output)
             # In front, so that the hooks by which transformers collects hidden states see the reduced ones.
             hook(layer.register_forward_hook, self.after_layer, prepend=True)
+            hook(layer.register_forward_hook, self.end_replay, always_call=True)
+            # Gradient checkpointing may compute the inside of a layer again, without the layer's own hooks.
+            hook(part(layer, family.first_norm or family.attention).register_forward_pre_hook, self.begin_inside)
+            hook((mlp or norm).register_forward_hook, self.end_replay_inside, always_call=True)
+        attend = self.attend()
+        if attend is not None:
+            replace_attention(self.parts.attentions, lambda module: attend, undo, (*BASES, *FLASH))
         undo.callback(self.drop_state)
 
     def drop_state(self) -> None:
@@ -130,84 +144,202 @@ class _Runtime:
 
     # ---- around the encoder -----------------------------------------------------------------------------------------
 
-    def begin(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
-        self.now = _Forward()
+    def begin(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.now = now = Forward(self.parts, self.prop_attn)
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
+        if isinstance(mask, Tensor):
+            if mask.dim() != 2:
+                raise ThriftError(
+                    f"an attention_mask of {mask.dim()} dimensions cannot be reduced: give (batch, tokens)"
+                )
+            now.given = mask.bool()
+            now.real = None if bool(now.given.all()) else now.given
+        if "segments" in self.method.info.needs:
+            now.segments = self.segments(given.get("input_ids"))
+        if self.parts.patches is not None:
+            self.check_size(given)
+
+    def check_size(self, given: dict[str, Any]) -> None:
+        side = self.parts.patches.kernel_size
+        image = next((x for x in given.values() if isinstance(x, Tensor) and x.dim() == 4), None)
+        if image is not None and (image.shape[-2] < side[0] or image.shape[-1] < side[1]):
+            h, w = image.shape[-2:]
+            raise ThriftError(
+                f"an image of {h} x {w} pixels is smaller than a patch ({side[0]} x {side[1]}): enlarge it"
+            )
+
+    def segments(self, ids: Any) -> Tensor:
+        """The groups of tokens that belong together, from the tokenizer: ``(batch, tokens)``."""
+        tokenizer = getattr(self.session.processor, "tokenizer", self.session.processor)
+        if tokenizer is None or ids is None:
+            raise ThriftError(
+                f"{self.name} needs input_ids and their tokenizer: write apply(plan, model, processor=tokenizer)"
+            )
+        from .segments import identifier_groups
+
+        rows = [identifier_groups(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist()]
+        return torch.tensor(rows, device=ids.device)
 
     def see_grid(self, patches: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if self.idle or (self.now is not None and self.now.partial):  # timm's forward_features, without forward
+            self.now = Forward(self.parts, self.prop_attn, partial=True)
         if self.now is not None:
             self.now.grid = (1, out.shape[-2], out.shape[-1])
 
-    def before_pool(self, pool: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.now is None or not self.now.maps:
+    def restore(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        now = self.now
+        if now is None or now.replay:
             return None
-        return self.now.composed.unmerge(args[0]), *args[1:]
+        if now.partial and now.widths:
+            self.write(now)
+            self.now = None
+        if not (now.maps or now.frames > 1):
+            return None
+        return self.dense(now, args[0]), *args[1:]
+
+    def dense(self, now: Forward, tokens: Tensor) -> Tensor:
+        """Copied back to all positions, each frame in its own row."""
+        if now.maps:
+            tokens = now.composed.unmerge(tokens)
+        return tokens.reshape(now.batch * now.frames, -1, tokens.shape[-1])
 
     def finish(self, encoder: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         now, self.now = self.now, None
         if now is None or out is None or not now.widths:
             return None
         self.write(now)
-        if not (now.maps and self.inside):
+        already = self.family.restore is not None
+        if already or not now.maps or not (self.inside or self.family.text):
             return None
         if isinstance(out, tuple):
-            return now.composed.unmerge(out[0]), *out[1:]
-        out.last_hidden_state = now.composed.unmerge(out.last_hidden_state)
+            return self.dense(now, out[0]), *out[1:]
+        out.last_hidden_state = self.dense(now, out.last_hidden_state)
         return out
 
-    def write(self, now: _Forward) -> None:
+    def write(self, now: Forward) -> None:
         """Tell the session what happened."""
-        device = self.patches.weight.device
+        device = next(self.encoder.parameters()).device
         self.session.start_maps("vision")
         for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
             self.session.add_map("vision", map)
-        left = now.widths[-1][1]
-        self.session.record("vision", before=now.batch * now.tokens, after=now.batch * left, seconds=now.seconds)
-        dense = [(now.tokens, now.tokens)] * len(now.widths)
-        self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense))
+        before = now.batch * now.tokens if now.given is None else int(now.given.sum())
+        left = before if not now.maps else int(now.maps[-1].mask.sum())
+        self.session.record("vision", before=before, after=left, seconds=now.seconds)
+        dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
+        self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
 
-    def flops(self, now: _Forward, widths: list[tuple[int, int]]) -> int:
-        """Of the patch embedding and the layers, in which attention and MLP have these numbers of tokens."""
-        total: int = 2 * self.patches.weight.numel() * now.grid[1] * now.grid[2]
-        for attention, (of_attention, of_mlp), (n, m) in zip(self.attentions, self.costs, widths, strict=True):
-            heads = attention.k_proj.out_features // attention.head_dim
-            total += n * of_attention + attention_flops(n, n, heads, attention.head_dim) + m * of_mlp
-        return now.batch * total
+    def flops(self, now: Forward, widths: list[tuple[int, int, int]], frames: int = 1) -> int:
+        """Of the patch embedding and the layers; see :attr:`Forward.widths`. A joined row was ``frames`` rows."""
+        total = 0
+        for (of_attention, of_mlp), (projected, attending, mlp) in zip(self.costs, widths, strict=True):
+            total += projected * of_attention + mlp * of_mlp
+            total += attention_flops(attending, attending, self.parts.heads, self.parts.head_dim)
+        patches = self.parts.patches
+        embedded = 0 if patches is None else 2 * patches.weight.numel() * now.grid[1] * now.grid[2] * now.frames
+        return now.batch * (total * frames + embedded)
 
     # ---- around a layer ---------------------------------------------------------------------------------------------
 
-    def before_layer(self, i: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        h = args[0] if args else kwargs["hidden_states"]
+        if hasattr(h, "_tokenthrift_layer") and self.idle:  # gradient checkpointing computes this layer again
+            self.now = h._tokenthrift_layer.snapshot("layer")
         now = self.now
         if now is None:
             return None
-        if i == 0:
-            now.batch, now.tokens = args[0].shape[:2]
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        now.masked = now.masked or mask is not None
-        now.map = None
-        if now.bias is None:
+        if now.layer < 0 and not now.tokens:
+            now.start(h)
+        if torch.is_grad_enabled():
+            h._tokenthrift_layer = now.snapshot("")
+        now.layer += 1
+        now.map = now.excess = now.whole = now.fused = None
+        x = h
+        if self.placement != "between":
+            with now:
+                x = self.at_boundary(now, h)
+        n = x.shape[1]
+        now.widths.append((n, n if now.map is None else now.map.n_out, n))
+        if torch.is_grad_enabled():
+            x._tokenthrift_inside = now.snapshot("")
+        bias = self.layer_bias(now, x.dtype)
+        if bias is None and x is h:
             return None
-        bias = now.bias.to(args[0].dtype)
-        return ((args[0], bias, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "attention_mask": bias})
+        return self.with_input(args, kwargs, x, bias)
 
-    def see_projection(self, name: str, projection: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        if self.now is not None:
-            self.now.seen[name] = out
-
-    def before_norm(self, i: int, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        now = self.now
-        if now is None:
-            return None
-        h = args[0]
-        with now:
-            map = self.method.reduce(self.view(now, i, h).require(self.method.info.needs))
-            now.seen.clear()
-            now.widths.append((h.shape[1], h.shape[1] if map is None else map.n_out))
-            if map is None:
-                return None
-            if now.masked:
-                raise ThriftError("reducing vision tokens does not work with an attention_mask: batch whole images")
+    def at_boundary(self, now: Forward, h: Tensor) -> Tensor:
+        frames = self.method.join(now.layer) if hasattr(self.method, "join") else 1
+        if frames > 1:
+            if now.maps or h.shape[0] % frames:
+                raise ThriftError(
+                    f"{self.name} joins {frames} frames before layer {now.layer}: the batch of {h.shape[0]} must be a "
+                    "multiple of it, and nothing may be reduced before"
+                )
+            h = now.join(h, frames)
+        project = _lazily(lambda: self.parts.project(now.layer, h))
+        decided = now.decide(self.method, h, project)
+        if decided is None:
+            return h
+        map, combined = decided
+        if self.placement == "around":
             now.map = map
-            return (map.apply(h),)
+            return h
+        if getattr(self.method, "fused_attention", False):
+            now.fused = fuse_attention(now.full_attention(project), map)
+        now.commit(map)
+        return map.apply(h) if combined is None else combined
+
+    def layer_bias(self, now: Forward, dtype: torch.dtype) -> Tensor | None:
+        if now.bias is None or (self.kernel in FLASH and now.real is None and now.last is None):
+            return None
+        if self.kernel in FLASH:
+            raise ThriftError(
+                f"{self.kernel} takes no mask for reduced tokens of different numbers: "
+                "call model.set_attn_implementation('sdpa')"
+            )
+        return now.bias.to(dtype)
+
+    def with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, mask: Tensor | None) -> Any:
+        if not args:
+            kwargs = {**kwargs, "hidden_states": x}
+        else:
+            args = (x, *args[1:])
+        if mask is None:
+            return args, kwargs
+        if len(args) > 1:
+            return (x, mask, *args[2:]), kwargs
+        return args, {**kwargs, self.family.mask: mask}
+
+    def see_projection(self, path: str, projection: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if self.now is not None:
+            self.now.seen[path] = out
+
+    def before_norm(self, norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        reduced = self.between(args[0])
+        return None if reduced is None else (reduced,)
+
+    def after_norm(self, norm: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        reduced = self.between(out)
+        if reduced is not None and self.now is not None and self.now.map is not None:
+            self.now.commit(self.now.map)
+        return reduced
+
+    def between(self, h: Tensor) -> Tensor | None:
+        now = self.now
+        if now is None:
+            return None
+        with now:
+            decided = now.decide(self.method, h, lambda: now.seen)
+            now.seen.clear()
+            if decided is None:
+                return None
+            now.map, combined = decided
+            now.widths[-1] = (h.shape[1], h.shape[1], now.map.n_out)
+            reduced = now.map.apply(h)
+            if combined is None:
+                return reduced
+            now.excess = combined - reduced
+            return combined
 
     def after_mlp(self, mlp: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         now = self.now
@@ -218,44 +350,110 @@ class _Runtime:
 
     def after_layer(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         now = self.now
+        if now is None or now.map is None or self.placement != "between" or self.family.post_norm:
+            return None
+        with now:
+            now.commit(now.map)
+            reduced = now.map.apply(out)
+            return reduced if now.excess is None else reduced + now.excess
+
+    # ---- gradient checkpointing: a layer, or its inside, computed once more -----------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """No forward runs, as far as is known: the inside of a layer, computed again, may end without a word."""
+        return self.now is None or self.now.replay == "inside"
+
+    def begin_inside(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and hasattr(args[0], "_tokenthrift_inside") and self.idle:
+            self.now = args[0]._tokenthrift_inside.snapshot("inside")
+
+    def end_replay(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if self.now is not None and self.now.replay:
+            self.now = None
+
+    def end_replay_inside(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if self.now is not None and self.now.replay == "inside":
+            self.now = None
+
+    # ---- around a sub-layer -----------------------------------------------------------------------------------------
+
+    def merge_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        now = self.now
+        if now is None or now.map is None:
+            return None
+        x = args[0] if args else kwargs["hidden_states"]
+        with now:
+            real = None if bool(now.map.mask.all()) else now.map.mask
+            last = None if now.last is None else -now.map.positions("first", -now.last)
+            bias = attention_bias(None, real, last)
+            mask = None if bias is None else bias.to(x.dtype)
+            args, kwargs = self.with_input(args, kwargs, now.map.apply(x), mask)
+            if now.given is not None and mask is None and "attention_mask" in kwargs:
+                kwargs = {**kwargs, "attention_mask": None}
+            if "attention" in self.on:
+                attending = now.widths[-1][1]
+                now.widths[-1] = (attending, attending, attending if "mlp" in self.on else now.widths[-1][2])
+            return args, kwargs
+
+    def unmerge_output(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        now = self.now
         if now is None or now.map is None:
             return None
         with now:
-            now.maps.append(now.map)
-            now.sizes = now.map.sizes(now.sizes)
-            if getattr(self.method, "prop_attn", False):
-                now.bias = now.sizes.log()[:, None, None, :]  # -inf at padding, whose size is 0
-            elif not now.map.mask.all():
-                now.bias = torch.where(now.sizes > 0, 0.0, -torch.inf)[:, None, None, :]
-            return now.map.apply(out)
+            return (now.map.unmerge(out[0]), *out[1:]) if isinstance(out, tuple) else now.map.unmerge(out)
 
-    # ---- what the method may look at --------------------------------------------------------------------------------
+    def attend(self) -> Attend | None:
+        """What stands in for the layers' attention, if anything has to."""
+        if "kernel" in self.on:
+            return self.attend_merged
+        if getattr(self.method, "fused_attention", False):
+            return self.attend_fused
+        return self.attend_augmented if self.prop_attn and self.kernel in FLASH else None
 
-    def view(self, now: _Forward, i: int, h: Tensor) -> View:
-        return View(
-            features=h,
-            keys=Lazy(partial(self.heads, now, i, "k_proj")),
-            attention=Lazy(lambda: partial(self.attention, now, i)),
-            sizes=Lazy(lambda: torch.ones(h.shape[:2], device=h.device) if now.sizes is None else now.sizes),
-            # The prefix stays in front, so what is protected needs no tracking.
-            protected=Lazy(lambda: (torch.arange(h.shape[1], device=h.device) < now.prefix).expand(h.shape[:2])),
-            prefix=now.prefix,
-            grid=now.grid,
-            layer=i,
-            layers=len(self.layers),
-        )
+    def attend_merged(
+        self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        now = self.now
+        if now is None or now.map is None:
+            return run(query, key, value, mask)
+        map = now.map
+        q, k, v = (_per_head(map.apply, x) for x in (query, key, value))
+        real = None if bool(map.mask.all()) else map.mask
+        last = None if now.last is None else -map.positions("first", -now.last)
+        bias = attention_bias(None, real, last)
+        return _per_head(map.unmerge, run(q, k, v, None if bias is None else bias.to(query.dtype)))
 
-    def heads(self, now: _Forward, i: int, projection: str) -> Tensor:
-        """``(batch, heads, tokens, head_dim)``."""
-        out = now.seen[projection]
-        return out.view(*out.shape[:2], -1, self.attentions[i].head_dim).transpose(1, 2)
+    def attend_fused(
+        self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        if self.now is None or self.now.fused is None:
+            return run(query, key, value, mask)
+        return self.now.fused.to(value.dtype) @ value
 
-    def attention(self, now: _Forward, i: int, rows: Tensor | slice) -> Tensor:
-        """Softmax attention of the query tokens ``rows``: ``(batch, heads, rows, tokens)``."""
-        queries, keys = (self.heads(now, i, p) for p in ("q_proj", "k_proj"))
-        scores = queries[:, :, rows] @ keys.transpose(-1, -2) * self.attentions[i].head_dim ** -0.5
-        return torch.softmax(scores if now.bias is None else scores + now.bias, dim=-1)
+    def attend_augmented(
+        self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        if self.now is None or self.now.bias is None or self.now.sizes is None:
+            return run(query, key, value, mask)
+        dim = value.shape[-1]
+        query, key = augment_keys(query, key, self.now.sizes, scaling, multiple=8)
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - dim))  # these kernels want equal widths
+        return run(query, key, value, mask)[..., :dim]
 
 
-PROJECTIONS = {"q_proj": {"attention"}, "k_proj": {"attention", "keys"}}
-"""Projections whose output is kept until the layer's reduction, and the parts of the view that need it."""
+def _per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``."""
+    out = function(x.transpose(1, 2).flatten(2))
+    return out.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+
+
+def _lazily(make: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+    made: list[dict[str, Tensor]] = []
+
+    def get() -> dict[str, Tensor]:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
+from torch.nn.functional import avg_pool1d, pad
+
+from ..core.tokenmap import TokenMap
 
 
 def attention_rows(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
@@ -78,3 +80,46 @@ def window_scores(rows: Tensor, kv_heads: int, kernel: int) -> Tensor:
 def group_mean(scores: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads that share a key/value head: ``(batch, heads, …)`` to ``(batch, kv_heads, …)``."""
     return scores.reshape(scores.shape[0], kv_heads, -1, *scores.shape[2:]).mean(2)
+
+
+def fuse_attention(attention: Tensor, map: TokenMap) -> Tensor:
+    """``W A P^T``: attention between merged tokens, from that between the tokens before.
+
+    A merged query attends as its sources do on average; a merged key receives what its sources received together, so
+    rows that sum to one still do (Multi-criteria Token Fusion, arXiv 2403.10030, section 3.3).
+
+    Args:
+        attention: ``(batch, heads, n_in, n_in)``.
+        map: of ``(batch,)`` rows with ``n_in`` tokens.
+
+    Returns:
+        ``(batch, heads, n_out, n_out)``.
+    """
+    batch, heads, n, _ = attention.shape
+    if map.exclusive:  # a sum over the sources of each key
+        owner = torch.where(map.owner < 0, map.n_out, map.owner)[:, None, None].expand(batch, heads, n, n)
+        columns = attention.new_zeros(batch, heads, n, map.n_out + 1).scatter_add_(-1, owner, attention)
+        columns = columns[..., : map.n_out]
+    else:
+        columns = attention @ map.dense_share().unsqueeze(1).transpose(-1, -2).to(attention.dtype)
+    rows = map.apply(columns.transpose(1, 2).flatten(2))
+    return rows.view(batch, map.n_out, heads, map.n_out).transpose(1, 2)
+
+
+def augment_keys(query: Tensor, key: Tensor, sizes: Tensor, scaling: float, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Proportional attention without a mask: one more channel carries ``log(size)``.
+
+    ``softmax(scaling q'·k') = softmax(scaling q·k + log size)`` with ``q' = [q, 1]`` and ``k' = [k, log(size) /
+    scaling]``; for kernels that take no additive mask. Keep the scaling that belongs to the old width.
+
+    Args:
+        query: ``(batch, heads, q, dim)``; ``key`` ``(batch, heads, n, dim)``.
+        sizes: ``(batch, n)``, positive.
+        scaling: factor on ``q·k``.
+        multiple: zero channels fill the width up to a multiple of this.
+    """
+    channel = (sizes.log() / scaling).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+    fill = -(query.shape[-1] + 1) % multiple
+    wide_key = torch.cat([key, channel], dim=-1)
+    wide_query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+    return pad(wide_query, (0, fill)), pad(wide_key, (0, fill))
