@@ -14,8 +14,8 @@ from ..text.files import read_text
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
 PROMPTS = {".jsonl", ".ndjson"}
-TEXTS = {".txt", ".md", ".rst"} | PROMPTS
-"""What is read of a folder; a file that is named itself is read as text whatever its name."""
+TEXTS = {".txt", ".md", ".rst"}
+"""Texts that are found in folders; a file that is named itself is read as text whatever its name."""
 
 DEFAULT_SOURCE = (
     "The Python documentation (pydoc_data.topics) and source files of Python's standard library, "
@@ -74,7 +74,8 @@ def default_data() -> Data:
 def load_data(paths: Sequence[str | Path]) -> Data:
     """The user's files: text and Markdown (split into prompt and continuation), JSONL of prompts, images.
 
-    A folder stands for all images, text, Markdown and JSONL files in it and below, in the order of their paths.
+    A folder stands for all images, text and Markdown files in it and below, in the order of their paths; not for its
+    JSONL files, which may be anything, results of ours included.
     A JSONL line is an object with ``prompt`` and, if known, ``answer``. Raises ThriftError, one line, for what cannot
     be used: a missing, empty or binary file, a folder without any, or an invalid line, which is named by its number.
     """

@@ -19,7 +19,7 @@ from ..models.encoder import find_encoder, part
 from ..models.images import open_image
 from . import metrics
 from .data import Data, Document
-from .loading import Loaded
+from .loading import Loaded, digest
 from .tasks import pick, token_ends
 
 TEXT_TOKENS, CONTINUATION = 512, 32
@@ -53,6 +53,11 @@ class Fidelity:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def fingerprint(self) -> str:
+        """Of the inputs as the model gets them."""
+        tensors = (t for item in self.inputs for t in (item.values() if isinstance(item, dict) else item))
+        return digest(f"{tuple(t.shape)}{t.double().sum():.9e}{t.flatten()[-1]:.9e}" for t in tensors)
 
     def cost(self, session: Session, stage: str) -> tuple[float, float]:
         """With the plan and without it."""
@@ -147,10 +152,8 @@ def fidelity_of(loaded: Loaded, data: Data, stage: str, count: int, seed: int) -
     if hasattr(loaded.processor, "convert_ids_to_tokens"):  # a tokenizer, so an encoder of text
         texts = _texts(loaded, data, count, seed, 4)
         return EncoderFidelity(loaded.model, [{"input_ids": _ids(loaded, head)} for head, _ in texts], prefix=1)
-    images = _images(loaded, data, count, seed)
-    return EncoderFidelity(
-        loaded.model, [{"pixel_values": image} for image in images], _prefix(loaded.model, images[0])
-    )
+    images = [{"pixel_values": image} for image in _images(loaded, data, count, seed)]
+    return EncoderFidelity(loaded.model, images, _prefix(loaded.model, images[0]))
 
 
 def _images(loaded: Loaded, data: Data, count: int, seed: int) -> list[Tensor]:
@@ -172,7 +175,7 @@ def _prefix(model: Any, image: dict[str, Tensor]) -> int:
         return 0
     encoder, family = found
     grid = []
-    hook = part(encoder, family.patches).register_forward_hook(lambda _, args, out: grid.append(out.shape[-2:]))
+    hook = part(encoder, str(family.patches)).register_forward_hook(lambda _, args, out: grid.append(out.shape[-2:]))
     try:
         tokens = encoder(**image).last_hidden_state.shape[1]
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError
@@ -39,6 +39,8 @@ class ToMe:
     Raises:
         ThriftError: ``keep`` outside (0, 1], a negative ``r``, or both given.
     """
+
+    per_layer: ClassVar[str] = "r"
 
     keep: float = 0.5
     r: Removal | None = None
