@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ def parameter(step: Step) -> str | None:
 
 @dataclass(frozen=True)
 class Budgets:
-    """One step of a plan, whose parameter ``name`` is a list with an entry a layer: its level times ``unit``.
+    """A plan with a step whose parameter ``name`` is a list with an entry a layer: its level times ``unit``.
 
     Counts of tokens have the unit 1, shares of them are in whole percent.
     """
@@ -68,26 +69,29 @@ class Budgets:
 
     def at(self, levels: Sequence[int]) -> Plan:
         """The plan with these budgets. Raises ThriftError where the method refuses them."""
-        return with_params(self.plan, self.index, {self.name: self.values(levels)})
+        return with_step(self.plan, self.index, self.step.changed | {self.name: self.values(levels)})
+
+
+def with_step(plan: Plan, index: int, params: dict[str, Any]) -> Plan:
+    """The plan with these parameters, and no others, in one step."""
+    step = plan.steps[index]
+    made = Step(step.stage, step.info.make(**params), given=tuple(params))
+    return Plan(steps=[*plan.steps[:index], made, *plan.steps[index + 1 :]])
 
 
 def with_params(plan: Plan, index: int, changes: dict[str, Any]) -> Plan:
-    """The plan with other parameters in one step.
+    """The plan with some parameters changed in one step.
 
     A parameter that says the same in another way (``keep`` beside ``r``) is left out, if the method does not take both.
     """
-    step = plan.steps[index]
-    refusal = None
-    for left_out in (None, *step.changed):
-        params = {k: v for k, v in step.changed.items() if k != left_out} | changes
-        try:
-            made = Step(step.stage, step.info.make(**params), given=tuple(params))
-        except ThriftError as error:
-            refusal = refusal or error
-            continue
-        return Plan(steps=[*plan.steps[:index], made, *plan.steps[index + 1 :]])
-    assert refusal is not None
-    raise refusal
+    params = plan.steps[index].changed
+    try:
+        return with_step(plan, index, params | changes)
+    except ThriftError:
+        for left_out in params:
+            with suppress(ThriftError):
+                return with_step(plan, index, {k: v for k, v in params.items() if k != left_out} | changes)
+        raise
 
 
 class Watched:
@@ -129,17 +133,16 @@ def start_of(plan: Plan, index: int, cost: Callable[[Plan], float]) -> tuple[Bud
     if len(given) != len(layers) or not all(map(_is_number, given)):
         given = []
     if given and all(isinstance(v, float) and 0 < v <= 1 for v in given):
-        return Budgets(plan, index, name, PERCENT), tuple(max(round(float(v) / PERCENT), 1) for v in given), watched
-    budgets = Budgets(plan, index, name, 1)
+        levels = tuple(max(round(float(v) / PERCENT), 1) for v in given)
+        return Budgets(with_params(plan, index, {name: given}), index, name, PERCENT), levels, watched
     removed = tuple(a - b for a, b in (watched.tokens.get(i, (0, 0)) for i in layers))
     kept = tuple(watched.tokens[i][1] for i in layers if i in watched.tokens)
     for levels in (removed, tuple(given), kept):
         if len(levels) == len(layers) > 0 and all(isinstance(v, int) for v in levels):
-            try:
-                if math.isclose(cost(budgets.at(levels)), paid, rel_tol=1e-3):
-                    return budgets, levels, watched
-            except ThriftError:  # the method cannot have meant that
-                continue
+            with suppress(ThriftError):  # the method cannot have meant that
+                listed = with_params(plan, index, {name: list(levels)})
+                if math.isclose(cost(listed), paid, rel_tol=1e-3):
+                    return Budgets(listed, index, name, 1), levels, watched
     raise ThriftError(
         f"what '{step}' does cannot be written as {name}=[...], one entry a layer: give {name} as a number or a list"
     )

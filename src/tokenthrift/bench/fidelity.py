@@ -12,7 +12,7 @@ from torch import Tensor
 from ..api import apply
 from ..core.errors import ThriftError
 from ..core.plan import Plan
-from ..core.session import Session
+from ..core.session import Session, StageRecord
 from ..core.tokenmap import TokenMap
 from ..models.decoder import context_length
 from ..models.encoder import find_encoder, part
@@ -60,11 +60,11 @@ class Fidelity:
         return digest(f"{tuple(t.shape)}{t.double().sum():.9e}{t.flatten()[-1]:.9e}" for t in tensors)
 
     def cost(self, session: Session, stage: str) -> tuple[float, float]:
-        """With the plan and without it."""
+        """With the plan and without it; 0 where nothing was counted."""
         report = session.report()
         if self.unit == "FLOPs":
             return report.flops, report.flops_dense
-        record = report.stages[stage]
+        record = report.stages.get(stage, StageRecord())
         return float(record.bytes_after), float(record.bytes_before)
 
 

@@ -358,8 +358,8 @@ def evolve(run: Run, store: Store, tick: Tick) -> Outcome:
                     f"there is no other schedule that costs as much as '{run.plan}' or up to {settings.tolerance:.1%} "
                     "less: allow more with a higher tolerance, or a smaller step"
                 )
-            parent, done = g.levels, g.number
             store.add({"key": f"generation {g.number}", **asdict(g), "cost": cost(g.levels)})
+            parent, done = g.levels, g.number
             tick(f"loss {g.fitness:.4g}, {run.plan}", g.number, settings.generations)
     except KeyboardInterrupt:
         interrupted = True
@@ -409,10 +409,11 @@ def learnable(plan: Plan) -> int:
 
 def _learn_rates(run: Run, batches: list[Tensor], out: Path, settings: dict[str, Any]) -> Plan:
     """DiffRate: numbers of tokens to keep, at the share of FLOPs that the plan's own numbers cost."""
-    from ..models.learn_rates import learn_rates
+    from ..models.learn_rates import learn_rates, write_rates
 
     start = run.measure(run.plan, run.first)
     learned = learn_rates(run.loaded.model, batches, flops=start.cost / start.dense, **settings)
+    write_rates(learned, out / "rates.json")
     return with_params(run.plan, run.index, {"prune": learned["prune"], "merge": learned["merge"]})
 
 
@@ -420,10 +421,10 @@ def _learn_pyra(run: Run, batches: list[Tensor], out: Path, settings: dict[str, 
     """PYRA: weights that modulate what is merged, of the same tokens at the same cost."""
     from ..models.learn_pyra import learn_pyra
 
-    step, path = run.plan.steps[run.index], out / "pyra.safetensors"
-    learned = learn_pyra(run.loaded.model, batches, step.method, out=path, **settings)
     steps = list(run.plan)
-    steps[run.index] = Step(step.stage, learned, given=step.given)
+    step, path = steps[run.index], (out / "pyra.safetensors").resolve()
+    learned = learn_pyra(run.loaded.model, batches, step.method, out=path, **settings)
+    steps[run.index] = Step(step.stage, learned)
     return Plan(steps=steps)
 
 
