@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenthrift.core.budget import Budget
-from tokenthrift.ops.attention import attention_received, attention_rows, group_mean, window_scores
+from tokenthrift.ops.attention import attention_received, attention_rows, augment_keys, group_mean, window_scores
 from tokenthrift.ops.rows import score_rows
 from tokenthrift.ops.topk import keep_top
 
@@ -104,3 +108,32 @@ def test_rows_are_scored_without_their_padding():
     x = torch.arange(8.0).view(2, 1, 4, 1)
     scores = score_rows(lambda t: t.squeeze(-1).cumsum(-1), mask, x)
     assert scores.tolist() == [[[0, 1, 3, 6]], [[-torch.inf, 5, -torch.inf, 12]]]
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tome_bsm.npz"
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_augmented_keys_give_the_official_proportional_attention(multiple):
+    g = {k.removeprefix("prop_"): torch.from_numpy(v) for k, v in np.load(GOLDEN).items() if k.startswith("prop_")}
+    scaling = g["q"].shape[-1] ** -0.5
+    q, k = augment_keys(g["q"], g["k"], g["size"].squeeze(-1), scaling, multiple)
+    assert q.shape[-1] == k.shape[-1] == (5 if multiple == 1 else 8)
+    out = scaled_dot_product_attention(q, k, g["v"], scale=scaling)
+    torch.testing.assert_close(out, g["out"], rtol=1e-6, atol=1e-6)
+    masked = scaled_dot_product_attention(g["q"], g["k"], g["v"], g["size"].log()[:, None].transpose(-1, -2))
+    torch.testing.assert_close(out, masked, rtol=1e-6, atol=1e-6)
+
+
+def test_augmented_keys_of_grouped_heads_hide_what_has_no_size():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 4)
+    sizes = torch.tensor([[1.0, 2, 3, 1, 0], [4, 1, 1, 1, 2]])
+    wide_q, wide_k = augment_keys(q, k, sizes, 0.3)
+    out = scaled_dot_product_attention(wide_q, wide_k, v, scale=0.3, enable_gqa=True)
+    bias = sizes.log()[:, None, None]
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True))
+    without = scaled_dot_product_attention(
+        q[:1], k[:1, :, :4], v[:1, :, :4], bias[:1, ..., :4], scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(out[:1], without)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenthrift.core.tokenmap import TokenMap
-from tokenthrift.ops.matching import bipartite_soft_matching, most_mergeable
+from tokenthrift.ops.matching import bipartite_soft_matching, kth_bipartite_soft_matching, most_mergeable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision"
 close = {"rtol": 1e-5, "atol": 1e-5}
@@ -53,32 +53,61 @@ def test_equals_the_official_merge(case, protected):
         torch.testing.assert_close(rows_by_first_source(mine, ours), rows_by_first_source(official, theirs), **close)
 
 
+@pytest.mark.parametrize(("case", "protected"), [("cls", 1), ("nocls", 0), ("dist", 2), ("clip", 1)])
+def test_the_official_order_is_the_authors_one(case, protected):
+    g = {k.removeprefix(f"{case}_"): v for k, v in golden("tome_bsm").items() if k.startswith(f"{case}_")}
+    mask = first_tokens(g["x"].shape[1], protected)
+    groups = bipartite_soft_matching(g["metric"], int(g["r"]), mask, order="official")
+    map = groups.map(g["size"].squeeze(-1))
+    torch.testing.assert_close(map.apply(g["x"]), g["out"], **close)
+    torch.testing.assert_close(map.sizes(g["size"].squeeze(-1)).unsqueeze(-1), g["out_size"], **close)
+    assert torch.equal((map.dense() > 0).float(), g["source"])
+    if not protected:
+        assert torch.equal(bipartite_soft_matching(g["metric"], 6, order="official").group, groups.group)
+
+
 def test_two_layers_chain_to_the_official_sources():
     g = golden("tome_bsm")
     x, protected = g["chain_x"], first_tokens(17, 1)
-    first = bipartite_soft_matching(g["chain_metric1"], int(g["chain_r1"]), protected).map()
-    order = official_order(first.anchors, protected)
-    x1, s1 = (t.gather(1, order.unsqueeze(-1).expand_as(t)) for t in (first.apply(x), first.sizes().unsqueeze(-1)))
+    first = bipartite_soft_matching(g["chain_metric1"], int(g["chain_r1"]), protected, order="official").map()
+    x1, s1 = first.apply(x), first.sizes()
     torch.testing.assert_close(x1, g["chain_x1"], **close)
-    torch.testing.assert_close(s1, g["chain_s1"], **close)
+    torch.testing.assert_close(s1.unsqueeze(-1), g["chain_s1"], **close)
 
-    # The second metric belongs to tokens in the official order, so the parity of positions must be the official one.
-    first = first.then(TokenMap.select(order, first.n_out))
-    second = bipartite_soft_matching(g["chain_metric2"], int(g["chain_r2"]), protected[:, :13]).map(s1.squeeze(-1))
+    mask = protected[:, : first.n_out]
+    second = bipartite_soft_matching(g["chain_metric2"], int(g["chain_r2"]), mask, order="official").map(s1)
+    torch.testing.assert_close(second.apply(x1), g["chain_x2"], **close)
+    torch.testing.assert_close(second.sizes(s1).unsqueeze(-1), g["chain_s2"], **close)
     both = first.then(second)
-    official = g["chain_source"]
-    ours = both.dense()
-    x2 = rows_by_first_source(g["chain_x2"], official)
-    torch.testing.assert_close(rows_by_first_source(both.apply(x), ours), x2, **close)
-    torch.testing.assert_close(rows_by_first_source(second.apply(x1), ours), x2, **close)
-    torch.testing.assert_close(rows_by_first_source((ours > 0).float(), ours), rows_by_first_source(official, official))
-    sizes = rows_by_first_source(second.sizes(s1.squeeze(-1)).unsqueeze(-1), ours)
-    torch.testing.assert_close(sizes, rows_by_first_source(g["chain_s2"], official), **close)
+    torch.testing.assert_close(both.apply(x), g["chain_x2"], **close)
+    assert torch.equal((both.dense() > 0).float(), g["chain_source"])
 
 
-def official_order(anchors, protected):
-    """From our order of the survivors to the authors': those at even positions first, then those at odd ones."""
-    return (anchors % 2 * protected.shape[-1] + anchors).argsort(dim=-1)
+def test_every_kth_token_receives_as_in_the_official_code():
+    g = golden("tome_bsm")
+    groups = kth_bipartite_soft_matching(g["kth_metric"], int(g["kth_k"]))
+    map = groups.map()
+    torch.testing.assert_close(map.apply(g["kth_x"]), g["kth_out"], **close)
+    torch.testing.assert_close(map.unmerge(g["kth_out"]), g["kth_unmerged"], **close)
+    assert torch.equal(groups.anchor, torch.arange(2, 18, 3).expand(2, 6))
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(0, 20), k=st.integers(1, 6), prefix=st.integers(0, 4), seed=st.integers(0, 2**16))
+def test_laws_of_merging_to_every_kth(tokens, k, prefix, seed):
+    torch.manual_seed(seed)
+    prefix = min(prefix, tokens)
+    groups = kth_bipartite_soft_matching(torch.randn(2, tokens, 4), k, first_tokens(tokens, prefix))
+    left = (tokens - prefix) // k
+    if groups is None:
+        assert left == 0 or k == 1
+        return
+    map = groups.map()
+    assert map.n_out == prefix + left  # the tokens after the last receiver are not lost
+    assert torch.equal(map.sizes().sum(-1), torch.full((2,), float(tokens)))
+    assert torch.equal(map.owner[:, :prefix], torch.arange(prefix).expand(2, -1))
+    assert (map.sizes()[:, :prefix] == 1).all()
+    assert torch.equal(map.owner.gather(1, map.anchors), torch.arange(map.n_out).expand(2, -1))
 
 
 def test_equals_the_official_matrices():
@@ -101,13 +130,14 @@ def test_equals_the_official_matrices():
     dim=st.integers(1, 6),
     r=st.integers(1, 14),
     prefix=st.integers(0, 4),
+    order=st.sampled_from(["position", "official"]),
     seed=st.integers(0, 2**16),
 )
-def test_laws_of_merging(batch, tokens, dim, r, prefix, seed):
+def test_laws_of_merging(batch, tokens, dim, r, prefix, order, seed):
     torch.manual_seed(seed)
     metric, x, sizes = torch.randn(batch, tokens, dim), torch.randn(batch, tokens, 5), torch.rand(batch, tokens) + 0.5
     protected = first_tokens(tokens, prefix, batch)
-    groups = bipartite_soft_matching(metric, r, protected)
+    groups = bipartite_soft_matching(metric, r, protected, order)
     if groups is None:
         assert most_mergeable(tokens, protected) == 0
         return
@@ -121,7 +151,9 @@ def test_laws_of_merging(batch, tokens, dim, r, prefix, seed):
     # merging is a projection, survivors keep their order, protected tokens stay in front, alone and bit-exact
     merged = map.apply(x)
     torch.testing.assert_close(map.apply(map.unmerge(merged)), merged, **close)
-    assert (map.anchors.diff(dim=-1) > 0).all()
+    if order == "position":
+        assert (map.anchors.diff(dim=-1) > 0).all()
+    assert torch.equal(map.owner.gather(1, map.anchors), torch.arange(map.n_out).expand(batch, -1))
     front = min(prefix, map.n_out)
     assert torch.equal(merged[:, :front], x[:, :front])
     assert torch.equal(map.sizes()[:, :front], torch.ones(batch, front))

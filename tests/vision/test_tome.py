@@ -1,4 +1,4 @@
-"""ToMe as a method: its parameters, its schedules and what it decides. That models obey is tested in tests/models."""
+"""ToMe as a method: its parameters and what it decides. That models obey is tested in tests/models."""
 
 from pathlib import Path
 
@@ -10,28 +10,9 @@ from hypothesis import strategies as st
 
 from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.view import Lazy
-from tokenthrift.vision.tome import ToMe, parse_r
+from tokenthrift.vision.tome import ToMe
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tome_parse_r.npz"
-
-
-@pytest.mark.parametrize(
-    ("case", "layers", "r"),
-    [
-        ("case0", 12, 8),
-        ("case1", 12, (8, -1.0)),
-        ("case2", 24, (7, 0.5)),
-        ("case3", 12, [4, 4, 2]),
-        ("case4", 12, (16, -1.0)),
-    ],
-)
-def test_schedules_are_the_official_ones(case, layers, r):
-    assert parse_r(r, layers) == np.load(GOLDEN)[case].tolist()
-
-
-def test_a_ramp_over_one_layer_and_a_list_that_is_too_long():
-    assert parse_r((8, -1.0), 1) == [16]
-    assert parse_r([3, 2, 1], 2) == [3, 2]
+GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "tome_bsm.npz"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +34,9 @@ def test_keep_and_r_together_are_refused():
         ToMe(keep=0.25, r=8)
 
 
-@pytest.mark.parametrize("call", ["tome()", "tome(r=8)", "tome(r=(8, -1.0))", "tome(r=[8, -1.0])", "tome(r=[4, 2])"])
+@pytest.mark.parametrize(
+    "call", ["tome()", "tome(r=8)", "tome(r=(8, -1.0))", "tome(r=[8, -1.0])", "tome(r=[4, 2])", "tome(order=official)"]
+)
 def test_plans_with_tome_print_back_the_same(call):
     plan = Plan.parse(f"vision={call}")
     assert Plan.parse(str(plan)) == plan == Plan.from_yaml(plan.to_yaml())
@@ -105,3 +88,22 @@ def test_the_map_weighs_by_size_and_averages_the_heads():
 
 def test_too_large_an_r_is_clipped_to_half():
     assert ToMe(r=99).reduce(view(17, **seen(17))).n_out == 9
+
+
+def test_two_layers_in_the_official_order_give_the_authors_tokens():
+    g = {k.removeprefix("chain_"): torch.from_numpy(v) for k, v in np.load(GOLDEN).items() if k.startswith("chain_")}
+    method = ToMe(r=[int(g["r1"]), int(g["r2"])], order="official")
+    x, sizes, maps = g["x"], torch.ones(2, 17), []
+    for layer, metric in enumerate((g["metric1"], g["metric2"])):
+        keys = torch.stack([metric - 1, metric + 1], dim=1)  # two heads, whose mean is compared
+        protected = (torch.arange(x.shape[1]) < 1).expand(2, -1)
+        maps.append(method.reduce(view(x.shape[1], layer, keys=keys, sizes=sizes, protected=protected)))
+        x, sizes = maps[-1].apply(x), maps[-1].sizes(sizes)
+        torch.testing.assert_close(x, g[f"x{layer + 1}"])
+        torch.testing.assert_close(sizes.unsqueeze(-1), g[f"s{layer + 1}"])
+    assert torch.equal((maps[0].then(maps[1]).dense() > 0).float(), g["source"])
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(ThriftError, match="tome has no order='offical': did you mean 'official'"):
+        ToMe(order="offical")

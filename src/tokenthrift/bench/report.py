@@ -311,8 +311,8 @@ def runs(text: str, kept: Sequence[Sequence[int]]) -> list[tuple[bool, str]]:
     return [(keep, piece) for keep, piece in pieces if piece]
 
 
-def _pictures(section: Section, side: int = 336) -> list[dict[str, str]]:
-    """The first images with the patches that a plan merged drawn as one, for the mildest and the strongest plan."""
+def _pictures(section: Section, side: int = 336) -> list[list[dict[str, str]]]:
+    """A row for each of the first images: the image, then what every method's strongest plan merged or dropped."""
     plans = [r for r in section.results if r.plan and not r.error]
     if section.kind != "vision" or not plans:
         return []
@@ -320,12 +320,13 @@ def _pictures(section: Section, side: int = 336) -> list[dict[str, str]]:
 
     from ..vision.overlay import draw_groups
 
-    shown = []
-    chosen = [plans[0], plans[-1]] if len(plans) > 1 else plans
+    strongest = {tuple(s.name for s in Plan.parse(r.plan)): r for r in plans}  # plans go from mild to strong
+    chosen = list(strongest.values()) if len(strongest) > 1 else [plans[0], plans[-1]][-len(plans) :]
+    rows = []
     for path in section.images[:3]:
         with Image.open(path) as image:
             picture = image.convert("RGB").resize((side, side))
-        shown.append({"src": _data_uri(picture), "caption": path.stem})
+        rows.append(shown := [{"src": _data_uri(picture), "caption": path.stem}])
         for result in chosen:
             map = section.runner.groups(Plan.parse(result.plan), path)
             if map is not None:
@@ -334,7 +335,7 @@ def _pictures(section: Section, side: int = 336) -> list[dict[str, str]]:
                 drawn = draw_groups(picture, map, (cells, cells), prefix)
                 caption = f"{result.plan}: {map.n_in} → {map.n_out} tokens"
                 shown.append({"src": _data_uri(drawn), "caption": caption})
-    return shown
+    return rows
 
 
 def _data_uri(image: Any) -> str:

@@ -263,7 +263,7 @@ class _Runtime:
         if torch.is_grad_enabled():
             x._tokenthrift_inside = now.snapshot("")
         bias = self.layer_bias(now, x.dtype)
-        if bias is None and x is h:
+        if bias is None and not now.maps and x is h:
             return None
         return self.with_input(args, kwargs, x, bias)
 
@@ -304,10 +304,11 @@ class _Runtime:
             kwargs = {**kwargs, "hidden_states": x}
         else:
             args = (x, *args[1:])
-        if mask is None:
-            return args, kwargs
+        # Where no mask is needed, the model's own must go as well: it is as long as the tokens were at the start.
         if len(args) > 1:
             return (x, mask, *args[2:]), kwargs
+        if mask is None and self.family.mask not in kwargs:
+            return args, kwargs
         return args, {**kwargs, self.family.mask: mask}
 
     def see_projection(self, path: str, projection: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -389,8 +390,6 @@ class _Runtime:
             bias = attention_bias(None, real, last)
             mask = None if bias is None else bias.to(x.dtype)
             args, kwargs = self.with_input(args, kwargs, now.map.apply(x), mask)
-            if now.given is not None and mask is None and "attention_mask" in kwargs:
-                kwargs = {**kwargs, "attention_mask": None}
             if "attention" in self.on:
                 attending = now.widths[-1][1]
                 now.widths[-1] = (attending, attending, attending if "mlp" in self.on else now.widths[-1][2])

@@ -106,20 +106,29 @@ def fuse_attention(attention: Tensor, map: TokenMap) -> Tensor:
     return rows.view(batch, map.n_out, heads, map.n_out).transpose(1, 2)
 
 
-def augment_keys(query: Tensor, key: Tensor, sizes: Tensor, scaling: float, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Proportional attention without a mask: one more channel carries ``log(size)``.
+def augment_keys(
+    queries: Tensor, keys: Tensor, sizes: Tensor, scaling: float, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Proportional attention without a mask: queries and keys with one channel more, which adds ``log(sizes)``.
 
-    ``softmax(scaling q'·k') = softmax(scaling q·k + log size)`` with ``q' = [q, 1]`` and ``k' = [k, log(size) /
-    scaling]``; for kernels that take no additive mask. Keep the scaling that belongs to the old width.
+    ``q' = [q, 1]`` and ``k' = [k, log(size) / scaling]``, so ``softmax(q' k'ᵀ · scaling)`` counts each key as often as
+    it has tokens (Token Merging, arXiv 2210.09461, section 3.3). For kernels that take no additive mask; give them
+    ``scaling`` explicitly, since the default is that of the wider head. Half precision rounds the logarithms with
+    the keys.
 
     Args:
-        query: ``(batch, heads, q, dim)``; ``key`` ``(batch, heads, n, dim)``.
-        sizes: ``(batch, n)``, positive.
+        queries: ``(batch, heads, rows, dim)``.
+        keys: ``(batch, kv_heads, tokens, dim)``.
+        sizes: ``(batch, tokens)`` how many tokens each key stands for; a size of 0 hides it.
         scaling: factor on ``q·k``.
-        multiple: zero channels fill the width up to a multiple of this.
+        multiple: zero channels fill the heads up to a multiple of this, as kernels may want; 8, say.
+
+    Returns:
+        Both with ``dim + 1`` channels, or the next multiple.
     """
-    channel = (sizes.log() / scaling).to(key.dtype)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
-    fill = -(query.shape[-1] + 1) % multiple
-    wide_key = torch.cat([key, channel], dim=-1)
-    wide_query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
-    return pad(wide_query, (0, fill)), pad(wide_key, (0, fill))
+    channel = (sizes.to(torch.float32).log() / scaling).to(keys.dtype)[:, None, :, None]
+    channel = channel.expand(*keys.shape[:-1], 1)
+    wide_queries = torch.cat([queries, torch.ones_like(queries[..., :1])], dim=-1)
+    wide_keys = torch.cat([keys, channel], dim=-1)
+    spare = -wide_keys.shape[-1] % multiple
+    return pad(wide_queries, (0, spare)), pad(wide_keys, (0, spare))

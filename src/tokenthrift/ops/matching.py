@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.tokenmap import TokenMap
+
+Order = Literal["position", "official"]
 
 
 class Groups(NamedTuple):
@@ -24,22 +26,43 @@ class Groups(NamedTuple):
     n_groups: int
     anchor: Tensor
 
+    @classmethod
+    def of_pairs(cls, giver: Tensor, receiver: Tensor, tokens: int) -> Groups:
+        """Every token of ``giver`` ``(batch, r)`` joins the token of ``receiver`` ``(batch, r)`` beside it.
+
+        Givers are distinct and no receivers. The survivors anchor the groups, which keep their order.
+        """
+        merged = torch.zeros(giver.shape[0], tokens, dtype=torch.uint8, device=giver.device).scatter_(1, giver, 1)
+        return cls.standing_at(merged.argsort(dim=-1, stable=True)[:, : tokens - giver.shape[1]], giver, receiver)
+
+    @classmethod
+    def standing_at(cls, anchor: Tensor, giver: Tensor, receiver: Tensor) -> Groups:
+        """The same, with the groups in the order of their ``anchor`` ``(batch, n_groups)``: all that do not give."""
+        batch, n_groups = anchor.shape
+        slot = torch.arange(n_groups, device=anchor.device).expand(batch, -1)
+        group = anchor.new_zeros(batch, n_groups + giver.shape[1]).scatter_(1, anchor, slot)
+        return cls(group.scatter(1, giver, group.gather(1, receiver)), n_groups, anchor)
+
     def map(self, sizes: Tensor | None = None) -> TokenMap:
         """The map that averages every group, weighted by the ``sizes`` ``(batch, tokens)`` of its tokens."""
         return TokenMap.merge(self.group, self.n_groups, weight=sizes, anchor=self.anchor)
 
 
-def bipartite_soft_matching(metric: Tensor, r: int, protected: Tensor | None = None) -> Groups | None:
+def bipartite_soft_matching(
+    metric: Tensor, r: int, protected: Tensor | None = None, order: Order = "position"
+) -> Groups | None:
     """Merge the ``r`` tokens that have the most similar partner (Token Merging, arXiv 2210.09461, section 3.2).
 
     Tokens at even positions (A) propose to the token at an odd position (B) with the highest cosine similarity; the
-    ``r`` best proposals are accepted. Several tokens of A may join one of B, which anchors the group. Survivors keep
-    their order, so provenance and positions stay readable (the authors' code puts the tokens left in A first).
+    ``r`` best proposals are accepted. Several tokens of A may join one of B, which anchors the group.
 
     Args:
         metric: ``(batch, tokens, dim)`` what is compared; read in float32. An all-zero row resembles nothing (0).
         r: tokens to remove per row; clipped to half of the unprotected tokens, and to those that A holds.
         protected: ``(batch, tokens)`` bool, tokens that neither join a group nor receive one.
+        order: of the survivors. ``position`` keeps theirs, so that provenance and positions stay readable. ``official``
+            is that of the authors' code: protected tokens, what is left of A, B. It decides which tokens the next layer
+            can compare. Where nothing is protected, what is left of A is ordered by falling similarity.
 
     Returns:
         The groups, or None when nothing can be merged. All rows remove the same number of tokens.
@@ -56,16 +79,57 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: Tensor | None = N
     best, partner = scores.max(-1)
     if protected is not None:
         best = best.masked_fill(protected[:, ::2], -torch.inf)
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
+    ranked = best.argsort(dim=-1, descending=True, stable=True)
+    chosen, left = ranked[:, :r], ranked[:, r:]
+    giver, receiver = 2 * chosen, 2 * partner.gather(1, chosen) + 1
+    if order == "position":
+        return Groups.of_pairs(giver, receiver, tokens)
 
-    merged = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, 2 * chosen, True)
-    slot = (~merged).cumsum(-1) - 1  # of survivors: their rank
-    receiver = 2 * partner.gather(1, chosen) + 1
-    return Groups(
-        group=slot.scatter(1, 2 * chosen, slot.gather(1, receiver)),
-        n_groups=tokens - r,
-        anchor=merged.to(torch.uint8).argsort(dim=-1, stable=True)[:, : tokens - r],
-    )
+    in_b = torch.arange(tokens, device=metric.device).remainder(2).expand(batch, -1)
+    if protected is None or not bool(protected.any()):
+        return Groups.standing_at(torch.cat([2 * left, in_b.nonzero()[:, 1].view(batch, -1)], dim=-1), giver, receiver)
+    part = (in_b + 1).masked_fill(protected, 0).scatter(1, giver, 3)
+    return Groups.standing_at(part.argsort(dim=-1, stable=True)[:, : tokens - r], giver, receiver)
+
+
+def kth_bipartite_soft_matching(metric: Tensor, k: int, protected: Tensor | None = None) -> Groups | None:
+    """Merge every token into the most similar k-th one: a division of their number by ``k`` in one step.
+
+    Of the unprotected tokens every k-th (the k-th, the 2k-th, …) receives, all others join the most similar of these;
+    the authors' code (Token Merging, arXiv 2210.09461) drops the tokens after the last of them, here these join too.
+
+    Args:
+        metric: ``(batch, tokens, dim)`` what is compared, by cosine; read in float32.
+        k: at least 1, which merges nothing.
+        protected: ``(batch, tokens)`` bool, equally many a row: tokens that neither join a group nor receive one.
+
+    Returns:
+        The groups in the order of their receivers and of the protected tokens, or None when nothing can be merged.
+    """
+    batch, tokens, _ = metric.shape
+    free = torch.ones(batch, tokens, dtype=torch.bool, device=metric.device) if protected is None else ~protected
+    receives = free & (free.cumsum(-1) % k == 0)
+    gives = free & ~receives
+    if not bool(receives.any()) or not bool(gives.any()):
+        return None
+    giver, taker = (mask.nonzero()[:, 1].view(batch, -1) for mask in (gives, receives))
+    metric = normalize(metric.to(torch.float32), dim=-1)
+    return Groups.of_pairs(giver, most_similar(metric, giver, taker), tokens)
+
+
+def most_similar(metric: Tensor, giver: Tensor, taker: Tensor) -> Tensor:
+    """For each token of ``giver`` ``(batch, a)`` the token of ``taker`` ``(batch, b)`` with the largest dot product.
+
+    Args:
+        metric: ``(batch, tokens, dim)``, normalised where cosines are meant.
+        giver, taker: ``(batch, a)`` and ``(batch, b)`` int64, indices of tokens.
+
+    Returns:
+        ``(batch, a)`` int64, indices of tokens.
+    """
+    row = torch.arange(metric.shape[0], device=metric.device).unsqueeze(-1)
+    scores = metric[row, giver] @ metric[row, taker].transpose(-1, -2)
+    return taker.gather(1, scores.argmax(-1))
 
 
 def most_mergeable(tokens: int, protected: Tensor | None = None) -> int:
@@ -76,3 +140,22 @@ def most_mergeable(tokens: int, protected: Tensor | None = None) -> int:
     givers, takers = free[:, ::2].sum(-1), free[:, 1::2].sum(-1)
     most = torch.minimum((givers + takers) // 2, givers) * (takers > 0)
     return int(most.min()) if most.numel() else 0
+
+
+def merged_pairs(map: TokenMap, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs that an exclusive merge joined, best match first.
+
+    Args:
+        map: a merge that removes as many tokens of every row, and drops none.
+        metric: ``(batch, tokens, dim)`` what the matching compared.
+
+    Returns:
+        ``(batch, n_in - n_out)`` int64 each: the tokens that joined another, and the tokens that they joined.
+    """
+    stays = torch.zeros(*map.lead, map.n_in, dtype=torch.uint8, device=map.device).scatter_(1, map.anchors, 1)
+    source = stays.argsort(dim=-1, stable=True)[:, : map.n_in - map.n_out]
+    target = map.anchors.gather(1, map.owner.gather(1, source))
+    metric = normalize(metric.to(torch.float32), dim=-1)
+    rows = torch.arange(len(metric), device=metric.device).unsqueeze(-1)
+    rank = (metric[rows, source] * metric[rows, target]).sum(-1).argsort(dim=-1, descending=True, stable=True)
+    return source.gather(1, rank), target.gather(1, rank)
