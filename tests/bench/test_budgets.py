@@ -136,3 +136,17 @@ def test_plans_that_cannot_be_tuned() -> None:
 def test_a_contradiction_that_no_omission_mends() -> None:
     with pytest.raises(ThriftError, match="not both"):
         with_params(Plan.parse("vision=tome(keep=0.4)"), 0, {"r": -1})
+
+
+PER_LAYER = [m.name for m in tt.methods("vision") if hasattr(m.cls, "per_layer")]
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_every_method_with_budgets_a_layer_has_a_start(name: str) -> None:
+    """As its plan stands, whatever its parameters are; and the list is another way to say it."""
+    cost, plan = flops_of(tiny_encoder(layers=12)), Plan.parse(f"vision={name}()")
+    budgets, start, _ = start_of(plan, 0, cost)
+    assert len(start) == 12
+    assert cost(budgets.at(start)) == pytest.approx(cost(plan), rel=1e-3)
+    fewer = tuple(max(level - 1, 0) for level in start)
+    assert cost(budgets.at(fewer)) != cost(plan)
