@@ -122,12 +122,13 @@ def test_centerclip_needs_a_layer_that_exists():
 
 @pytest.mark.parametrize("name", ["bert", "clip-text"])
 @pytest.mark.parametrize("call", LEFT)
-def test_padded_texts_are_reduced_as_if_alone(name, call):
-    model, batch = text_encoder(name), texts(16, 7, 16)
+@pytest.mark.parametrize("lengths", [(16, 7, 16), (12, 7, 12)])
+def test_padded_texts_are_reduced_as_if_alone(name, call, lengths):
+    model, batch = text_encoder(name), texts(*lengths)
     plan = f"vision={call}(keep=0.6)"
     with tt.apply(plan, model):
         together = model(**batch).last_hidden_state
-    for row, length in enumerate((16, 7, 16)):
+    for row, length in enumerate(lengths):
         alone = {k: v[row : row + 1, :length] for k, v in batch.items()}
         with tt.apply(plan, model):
             single = model(**alone).last_hidden_state

@@ -45,16 +45,11 @@ def hidden(model, inputs):
     return model(**inputs).last_hidden_state
 
 
-in_front_of_others = pytest.mark.xfail(
-    strict=True, reason="after a merge the runtime offers no segments, which the method declares to need in all layers"
-)
-
-
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param("subtokens()", marks=in_front_of_others),
-        pytest.param("subtokens(prop_attn=True)", marks=in_front_of_others),
+        "subtokens()",
+        "subtokens(prop_attn=True)",
         "subtokens(at=2, mode=attention)",
     ],
 )
@@ -74,7 +69,6 @@ def test_identifiers_become_one_token(name, call, tokenizer):
     assert torch.equal(hidden(model, plain), merged)  # nothing in pieces: nothing changes
 
 
-@in_front_of_others
 def test_embeddings_are_pooled_before_the_first_layer(tokenizer):
     model, inputs, seen = text_encoder("bert"), batch(TEXT), []
     with tt.apply("subtokens()", model, processor=tokenizer):

@@ -120,6 +120,52 @@ class TokenMap:
         return made
 
     @classmethod
+    def join(cls, group: Tensor, anchor: Tensor, giver: Tensor, weight: Tensor | None = None) -> TokenMap:
+        """:meth:`merge` where every token either is the anchor of its group or is listed as one that joins.
+
+        Nothing has to be searched for, and few sums are formed, if few join.
+
+        Args:
+            group: ``(*lead, n_in)`` int64, the output that each token joins.
+            anchor: ``(*lead, n_out)`` int64, the token that each output stands at.
+            giver: ``(*lead, n_in - n_out)`` int64, the other tokens.
+            weight: ``(*lead, n_in)`` positive masses; all one when None.
+        """
+        n_in, n_out = group.shape[-1], anchor.shape[-1]
+        mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
+        _check_shape("weight", mass, tuple(group.shape))
+        joined, of_anchor = group.gather(-1, giver), mass.gather(-1, anchor)
+        of_giver = mass.gather(-1, giver)
+        total = of_anchor.scatter_add(-1, joined, of_giver)
+        made = cls(
+            source=torch.arange(n_in, device=group.device).expand(group.shape),
+            target=group,
+            weight=mass / total.gather(-1, group),
+            n_in=n_in,
+            n_out=n_out,
+            anchor=anchor,
+        )
+        # The cached properties, all known here.
+        everything = torch.ones((), dtype=torch.bool, device=group.device)
+        made.__dict__.update(
+            exclusive=True,
+            owner=group,
+            kept=everything.expand(group.shape),
+            mask=everything.expand(anchor.shape),
+            _real=everything.expand(group.shape),
+            _drops=False,
+            _pads=False,
+            _edges=(
+                _flat(anchor, n_in),
+                (of_anchor / total).reshape(-1, 1),
+                _flat(giver, n_in),
+                _flat(joined, n_out),
+                (of_giver / total.gather(-1, joined)).reshape(-1, 1),
+            ),
+        )
+        return made
+
+    @classmethod
     def transform(cls, share: Tensor, sizes: Tensor | None = None) -> TokenMap:
         """The general map of a dense share matrix ``P`` ``(*lead, n_out, n_in)``: ``W = diag(P s)^-1 P diag(s)``."""
         *lead, n_out, n_in = share.shape

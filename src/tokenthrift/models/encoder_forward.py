@@ -153,6 +153,8 @@ class Forward:
         self.real = None if bool(map.mask.all()) else map.mask
         if self.guarded is not None:
             self.guarded = map.apply(self.guarded.to(torch.float32).unsqueeze(-1)).squeeze(-1) > 0
+        if self.segments is not None:
+            self.segments = self.segments.gather(1, map.anchors)
         if self.last is not None:
             self.last = -map.positions("first", -self.last)
         self.bias = attention_bias(self.sizes if self.prop_attn else None, self.real, self.last)
@@ -193,7 +195,7 @@ class Forward:
         h = rows.take(h)
         tokens = rows.start if rows.start is not None and family.text else self.tokens
         grid = (1, 1, tokens - 1) if family.text else self.grid
-        segments = {} if self.segments is None or self.maps else {"segments": rows.take(self.segments)}
+        segments = {} if self.segments is None else {"segments": rows.take(self.segments)}
 
         def heads(which: int) -> Tensor:
             path = (family.query, family.key)[which]

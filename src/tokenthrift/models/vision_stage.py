@@ -41,6 +41,7 @@ from ..ops.attention import augment_keys, fuse_attention
 from .attention import BASES, replace_attention
 from .encoder import part
 from .encoder_forward import Forward, Parts, attention_bias
+from .segments import IdentifierSegments
 
 if TYPE_CHECKING:
     from .attention import Attend, Run
@@ -79,6 +80,7 @@ class _Runtime:
         self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
         self.inside = adapter.encoder is not adapter.model
         self.now: Forward | None = None
+        self.identifiers: IdentifierSegments | None = None
         attention_parts = [part(layer, self.family.attention.split(".")[0]) for layer in self.layers]
         of_attention = [linear_flops(a) for a in attention_parts]
         self.costs = [(a, linear_flops(layer) - a) for a, layer in zip(of_attention, self.layers, strict=True)]
@@ -176,10 +178,9 @@ class _Runtime:
             raise ThriftError(
                 f"{self.name} needs input_ids and their tokenizer: write apply(plan, model, processor=tokenizer)"
             )
-        from .segments import identifier_groups
-
-        rows = [identifier_groups(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist()]
-        return torch.tensor(rows, device=ids.device)
+        if self.identifiers is None:
+            self.identifiers = IdentifierSegments.of(tokenizer)
+        return self.identifiers(ids)
 
     def see_grid(self, patches: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if self.idle or (self.now is not None and self.now.partial):  # timm's forward_features, without forward

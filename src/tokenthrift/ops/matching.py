@@ -20,11 +20,13 @@ class Groups(NamedTuple):
         group: ``(batch, tokens)`` int64, the group that each token joins; -1 drops the token.
         n_groups: number of groups.
         anchor: ``(batch, n_groups)`` int64, the token that each group stands at.
+        giver: ``(batch, r)`` int64, all other tokens, if they are known; makes using the map faster.
     """
 
     group: Tensor
     n_groups: int
     anchor: Tensor
+    giver: Tensor | None = None
 
     @classmethod
     def of_pairs(cls, giver: Tensor, receiver: Tensor, tokens: int) -> Groups:
@@ -41,10 +43,12 @@ class Groups(NamedTuple):
         batch, n_groups = anchor.shape
         slot = torch.arange(n_groups, device=anchor.device).expand(batch, -1)
         group = anchor.new_zeros(batch, n_groups + giver.shape[1]).scatter_(1, anchor, slot)
-        return cls(group.scatter(1, giver, group.gather(1, receiver)), n_groups, anchor)
+        return cls(group.scatter_(1, giver, group.gather(1, receiver)), n_groups, anchor, giver)
 
     def map(self, sizes: Tensor | None = None) -> TokenMap:
         """The map that averages every group, weighted by the ``sizes`` ``(batch, tokens)`` of its tokens."""
+        if self.giver is not None:
+            return TokenMap.join(self.group, self.anchor, self.giver, sizes)
         return TokenMap.merge(self.group, self.n_groups, weight=sizes, anchor=self.anchor)
 
 

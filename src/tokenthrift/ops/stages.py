@@ -46,17 +46,16 @@ def _check_layers(name: str, layers: Any) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def patches_to_keep(
-    view: View, name: str, keep: float, layers: Layers, r: Removal | None, of_start: bool = False
-) -> int:
+def patches_to_keep(view: View, name: str, keep: float, layers: Layers, r: Removal | None) -> int:
     """How many of this layer's tokens after the prefix are to stay; all of them in layers that are not named.
+
+    ``keep`` is the share of the tokens at the start that is left after the last of the layers, as everywhere in this
+    stage. Each of ``n`` layers keeps the share ``keep ** (1 / n)`` of what it gets; papers name that one: 0.7 in each
+    of three layers is ``keep=0.343``.
 
     Args:
         view: of the layer.
         name, keep, layers, r: the method and its parameters, checked.
-        of_start: what ``keep`` is a share of. False: of the tokens that the layer has, rounded up (EViT). True: after
-            the s-th of the layers the share ``keep ** s`` of the tokens at the start is left, rounded down (the
-            comparison of arXiv 2308.04657).
 
     Raises:
         ThriftError: the model has fewer layers than are named.
@@ -69,18 +68,18 @@ def patches_to_keep(
         stages = stages_of(view.layers, name, layers)
         if keep == 1 or layer not in stages:
             return patches
-        share = keep ** (stages.index(layer) + 1)
         start: int = view.tokens - view.prefix
-        wanted = int(start * share) if of_start else math.ceil(keep * patches)
+        share = keep ** ((stages.index(layer) + 1) / len(stages))
+        wanted = math.ceil(start * share - 1e-9)  # rounded up, but not for a last digit of the power
     return min(max(wanted, 1), patches)
 
 
 def free_to_keep(view: View, name: str, keep: float, layers: Layers, r: Removal | None) -> tuple[Tensor, int] | None:
     """For methods that cluster: the unprotected tokens ``(batch, free)``, and of them how many are to be left.
 
-    ``keep`` is a share of the tokens at the start. None where no token is to go; then nothing is computed.
+    None where no token is to go; then nothing is computed.
     """
-    kept = view.prefix + patches_to_keep(view, name, keep, layers, r, of_start=True)
+    kept = view.prefix + patches_to_keep(view, name, keep, layers, r)
     if kept >= view.features.shape[1]:
         return None
     free, held = split_protected(view.protected)

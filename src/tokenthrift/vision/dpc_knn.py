@@ -29,7 +29,7 @@ class DPCKNN:
     densities the earlier token counts as the denser one (there: random noise decides).
 
     Parameters:
-        keep: after the s-th of the layers the share ``keep ** s`` of the image's patches is left, in (0, 1].
+        keep: share of the patches that is left after the last of the layers, rounded up, in (0, 1].
         layers: where, counted from 0, e.g. ``(3, 6, 9)``, the comparison's for 12 layers. None: a quarter, half and
             three quarters of the depth.
         r: instead of both, tokens to remove in every layer, as in ``tome``.
@@ -42,7 +42,7 @@ class DPCKNN:
     placement: ClassVar[str] = "boundary"
     per_layer: ClassVar[str] = "r"
 
-    keep: float = 0.7
+    keep: float = 0.343
     layers: Layers = None
     r: Removal | None = None
     neighbours: int = 5

@@ -33,7 +33,7 @@ class KMedoids:
     the layer that follows, computed one step ahead, and theirs that in the layer before.
 
     Parameters:
-        keep: after the s-th of the layers the share ``keep ** s`` of the image's patches is left, in (0, 1].
+        keep: share of the patches that is left after the last of the layers, rounded up, in (0, 1].
         layers: where, counted from 0, e.g. ``(3, 6, 9)``, the paper's for 12 layers. None: a quarter, half and three
             quarters of the depth.
         r: instead of both, tokens to remove in every layer, as in ``tome``.
@@ -48,7 +48,7 @@ class KMedoids:
     placement: ClassVar[str] = "boundary"
     per_layer: ClassVar[str] = "r"
 
-    keep: float = 0.7
+    keep: float = 0.343
     layers: Layers = None
     r: Removal | None = None
     weights: str = "attention"

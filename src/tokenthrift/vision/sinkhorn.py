@@ -34,7 +34,7 @@ class Sinkhorn:
     handed out and by its size; the authors sum tokens of norm 1, for which an unmodified model was not trained.
 
     Parameters:
-        keep: after the s-th of the layers the share ``keep ** s`` of the image's patches is left, in (0, 1].
+        keep: share of the patches that is left after the last of the layers, rounded up, in (0, 1].
         layers: where, counted from 0, e.g. ``(3, 6, 9)``, the paper's for 12 layers. None: a quarter, half and three
             quarters of the depth.
         r: instead of both, tokens to remove in every layer, as in ``tome``.
@@ -49,7 +49,7 @@ class Sinkhorn:
     placement: ClassVar[str] = "boundary"
     per_layer: ClassVar[str] = "r"
 
-    keep: float = 0.7
+    keep: float = 0.343
     layers: Layers = None
     r: Removal | None = None
     eps: float = 0.05

@@ -37,7 +37,8 @@ class TPS:
     several joins the first of them (the authors: all of them). CLS and other protected tokens receive nothing.
 
     Parameters:
-        keep: share of the layer's patch tokens that stays in each of the layers, rounded up, in (0, 1].
+        keep: share of the patches that is left after the last of the layers, rounded up, in (0, 1]; the papers' 0.7 in
+            each of three layers is 0.343.
         layers: where, counted from 0, e.g. ``(3, 6, 9)``, the paper's for 12 layers. None: a quarter, half and three
             quarters of the depth.
         r: instead of both, tokens to remove in every layer, as in ``tome``.
@@ -49,7 +50,7 @@ class TPS:
 
     per_layer: ClassVar[str] = "r"
 
-    keep: float = 0.7
+    keep: float = 0.343
     layers: Layers = None
     r: Removal | None = None
     temperature: float = 1.0
