@@ -24,11 +24,12 @@ _HOME = {
     "compress": "api",
     "load": "models.packs",
     "bench": "api",
+    "tune": "api",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from .api import apply, bench, compress
+    from .api import apply, bench, compress, tune
     from .core.budget import Budget, Schedule
     from .core.errors import ThriftError
     from .core.method import method, methods

@@ -14,6 +14,7 @@ from .core.view import Lazy
 
 if TYPE_CHECKING:
     from .bench.runner import BenchResult
+    from .bench.tuning import TuneResult
     from .models.scoring import Embedder, Scorer
     from .text.compressed import CompressedText
 
@@ -118,5 +119,12 @@ def load_embedder(name: str = "minilm-l6") -> Embedder:
 def bench(*args: Any, **kwargs: Any) -> BenchResult:
     """Compare plans with the unmodified model; see :func:`tokenthrift.bench.runner.bench`, whose arguments it takes."""
     from .bench.runner import bench as run
+
+    return run(*args, **kwargs)
+
+
+def tune(*args: Any, **kwargs: Any) -> TuneResult:
+    """Spread a plan's budget over the layers; see :func:`tokenthrift.bench.tuning.tune`, whose arguments it takes."""
+    from .bench.tuning import tune as run
 
     return run(*args, **kwargs)

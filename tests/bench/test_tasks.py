@@ -52,6 +52,21 @@ def test_short_text_is_one_piece(tokenizer: object) -> None:
     assert windows(Document("d", "Too short"), token_ends(tokenizer), 100, 20) == []
 
 
+def test_folders_stand_for_the_files_in_them(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("z.txt", "deep/a.md", "deep/er/b.rst", "deep/results.jsonl", "deep/er/c.bin"):
+        (tmp_path / name).write_text(a_text(30))
+    photo = default_data().images[0]
+    (tmp_path / "deep" / "photo.JPG").write_bytes(photo.read_bytes())
+    data = load_data([tmp_path, tmp_path / "z.txt"])
+    assert [d.name for d in data.documents] == ["a.md", "b.rst", "z.txt"]
+    assert [p.name for p in data.images] == ["photo.JPG"]
+    assert not data.prompts
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ThriftError, match=r"empty holds no files that end in \.jpeg, \.jpg"):
+        load_data([tmp_path / "empty"])
+
+
 def test_own_files(tmp_path: Path, tokenizer: object) -> None:
     (tmp_path / "a.md").write_text(a_text(), encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"prompt": "Two and two is", "answer": "four"}\n\n{"prompt": "Hello"}\n')

@@ -13,6 +13,9 @@ from ..core.errors import ThriftError
 from ..text.files import read_text
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp"}
+PROMPTS = {".jsonl", ".ndjson"}
+TEXTS = {".txt", ".md", ".rst"}
+"""Texts that are found in folders; a file that is named itself is read as text whatever its name."""
 
 DEFAULT_SOURCE = (
     "The Python documentation (pydoc_data.topics) and source files of Python's standard library, "
@@ -71,23 +74,35 @@ def default_data() -> Data:
 def load_data(paths: Sequence[str | Path]) -> Data:
     """The user's files: text and Markdown (split into prompt and continuation), JSONL of prompts, images.
 
+    A folder stands for all images, text and Markdown files in it and below, in the order of their paths; not for its
+    JSONL files, which may be anything, results of ours included.
     A JSONL line is an object with ``prompt`` and, if known, ``answer``. Raises ThriftError, one line, for what cannot
-    be used: a missing, empty or binary file, or an invalid line, which is named by its number.
+    be used: a missing, empty or binary file, a folder without any, or an invalid line, which is named by its number.
     """
     documents: list[Document] = []
     prompts: list[Prompt] = []
     images: list[Path] = []
-    for path, name in names(map(Path, paths)).items():
+    for path, name in names(file for given in paths for file in _files(Path(given))).items():
         if path.suffix.lower() in IMAGES:
             images.append(_image(path))
             continue
         text = read_text(path).replace("\r\n", "\n")
-        if path.suffix.lower() in {".jsonl", ".ndjson"}:
+        if path.suffix.lower() in PROMPTS:
             prompts += _prompts(name, text)
         else:
             documents.append(Document(name, text))
     source = "The user's own: " + ", ".join(Path(p).name for p in paths)
     return Data(source, tuple(documents), prompts=tuple(prompts), images=tuple(images))
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or what a folder holds of the kinds that are read."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES | TEXTS and p.is_file())
+    if not found:
+        raise ThriftError(f"the folder {path} holds no files that end in {', '.join(sorted(IMAGES | TEXTS))}")
+    return found
 
 
 def _module(name: str) -> Document | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,20 +19,19 @@ from ..api import apply
 from ..core.errors import ThriftError, did_you_mean
 from ..core.plan import Plan
 from ..models.decoder import context_length
-from ..models.images import ImageProcessor
 from . import plans as plan_sets
 from .data import Data, default_data, load_data, names
 from .images import VisionBench
 from .language import LanguageBench, without_decode
+from .loading import LANGUAGE_MODEL, VISION_MODEL, Loaded, digest, load_model
 from .metrics import common_prefix
+from .progress import progress as show_progress
 from .store import Store
 from .summary import PlanResult, summarise_language, summarise_vision
 from .tasks import SUITES, Case, Suite, build_cases
 
 # What a method that does not fit a model or an input may raise. Not OSError, MemoryError or an interrupt: those end it.
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-
-LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
 
 
 @dataclass
@@ -133,29 +131,26 @@ def bench(
 
     jobs = []
     for name in [model] if model is not None else _default_models(chosen, found):
-        loaded, companion = _load(name, processor)
-        if isinstance(name, str) and isinstance(companion, ImageProcessor):  # the resolution the model is made for
-            companion = replace(companion, size=getattr(loaded.config, "image_size", companion.size))
-        kind = "language" if hasattr(loaded, "generate") and loaded.can_generate() else "vision"
-        label = name if isinstance(name, str) else getattr(loaded.config, "_name_or_path", "") or type(loaded).__name__
+        loaded = load_model(name, processor)
+        kind = "language" if loaded.generates else "vision"
         mine = chosen if chosen is not None else [Plan.parse(p) for p in getattr(plan_sets, kind.upper())]
         if model is None:
             mine = [p for p in mine if plan_sets.is_vision(p) == (kind == "vision")]
         for plan in mine:  # unknown stages fail here, before any compute
-            apply(plan, loaded)
+            apply(plan, loaded.model)
         make = LanguageJob if kind == "language" else VisionJob
-        jobs.append(make(label, loaded, companion, mine, found, size, seed))
+        jobs.append(make(loaded, mine, found, size, seed))
     store.begin(
         {
             "seed": seed,
             "suite": asdict(replace(size, repeats=0)),  # more repeats only add rows
             "plans": [str(p) for job in jobs for p in job.plans],
-            "model": [job.identity() for job in jobs],
-            "data": _digest(part for job in jobs for part in job.data_parts()),
+            "model": [job.loaded.identity for job in jobs],
+            "data": digest(part for job in jobs for part in job.data_parts()),
             "machine": machine(),
         }
     )
-    with _progress(progress) as tick:
+    with show_progress(progress) as tick:
         for job in jobs:
             job.run(store, tick)
     result = BenchResult(
@@ -182,12 +177,11 @@ class Job:
 
     kind = ""
 
-    def __init__(
-        self, label: str, model: Any, processor: Any, plans: list[Plan], data: Data, suite: Suite, seed: int
-    ) -> None:
-        self.label, self.model, self.plans, self.suite, self.seed = label, model, plans, suite, seed
+    def __init__(self, loaded: Loaded, plans: list[Plan], data: Data, suite: Suite, seed: int) -> None:
+        self.loaded, self.label, self.model = loaded, loaded.label, loaded.model
+        self.plans, self.suite, self.seed = plans, suite, seed
         self.everything = [Plan(), *plans]
-        self.prepare(processor, data)
+        self.prepare(loaded.processor, data)
 
     def prepare(self, processor: Any, data: Data) -> None:
         raise NotImplementedError
@@ -195,13 +189,6 @@ class Job:
     def steps(self) -> Iterator[tuple[str, Plan, Callable[[], dict[str, Any]], dict[str, Any]]]:
         """``(key, plan, measure, facts)`` in the order of measurement."""
         raise NotImplementedError
-
-    def identity(self) -> str:
-        """The model by its weights, not by its name: a folder's content may change."""
-        parts = (
-            f"{n}{tuple(p.shape)}{p.dtype}{p.detach().double().sum():.6e}" for n, p in self.model.named_parameters()
-        )
-        return f"{self.label} {_digest([*parts, str(self.model.device)])}"
 
     def run(self, store: Store, tick: Callable[[str, int, int], None]) -> None:
         """Measure what the store does not have yet. A plan that fails is noted and left out; the others go on."""
@@ -342,20 +329,6 @@ def _default_models(plans: list[Plan] | None, data: Data) -> list[str]:
     return [LANGUAGE_MODEL] * language + [VISION_MODEL] * vision
 
 
-def _load(model: Any, processor: Any) -> tuple[Any, Any]:
-    from ..models.packs import load
-    from ..models.packs.loading import check_finite
-
-    if isinstance(model, str | os.PathLike):
-        return load(str(model))
-    check_finite(model, type(model).__name__)
-    return model.eval(), processor
-
-
-def _digest(parts: Any) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
@@ -402,22 +375,3 @@ def _command(
     if repeats is not None:
         words += ["--repeats", str(repeats)]
     return shlex.join([*words, "--out", str(out)])
-
-
-@contextmanager
-def _progress(show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeElapsedColumn as Elapsed
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    times = (Elapsed(), Remaining())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not show) as bar:
-
-        def tick(text: str, done: int, total: int) -> None:
-            if done == 0:
-                bar.add_task(text, total=total)
-            bar.update(bar.task_ids[-1], description=text[:56], completed=done)
-
-        yield tick

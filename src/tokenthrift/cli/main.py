@@ -14,6 +14,7 @@ from .compress import compress
 from .generate import generate
 from .methods import methods
 from .models import app as models
+from .tune import tune
 
 app = typer.Typer(
     help="Token reduction for transformers: measure it on your model and data, then apply the winner.",
@@ -22,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # The commands' modules import neither torch nor transformers, so that help is instant.
-for command in (bench, compress, methods, generate):
+for command in (bench, tune, compress, methods, generate):
     app.command()(command)
 app.add_typer(models, name="models")
 

@@ -1,0 +1,55 @@
+"""The model to measure: loaded, named, and told from others by its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..models.images import ImageProcessor
+
+LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
+"""The packs that are measured when no model is named."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode with its tokenizer or image processor, and what reports call it."""
+
+    label: str
+    model: Any
+    processor: Any
+
+    @property
+    def generates(self) -> bool:
+        """True for language models."""
+        return bool(hasattr(self.model, "generate") and self.model.can_generate())
+
+    @property
+    def identity(self) -> str:
+        """The model by its weights, not by its name: a folder's content may change."""
+        parts = (
+            f"{n}{tuple(p.shape)}{p.dtype}{p.detach().double().sum():.6e}" for n, p in self.model.named_parameters()
+        )
+        return f"{self.label} {digest([*parts, str(self.model.device)])}"
+
+
+def load_model(model: Any, processor: Any) -> Loaded:
+    """A pack, hub id, folder, or a loaded model with its ``processor``."""
+    from ..models.packs import load
+    from ..models.packs.loading import check_finite
+
+    if not isinstance(model, str | os.PathLike):
+        check_finite(model, type(model).__name__)
+        return Loaded(getattr(model.config, "_name_or_path", "") or type(model).__name__, model.eval(), processor)
+    loaded, companion = load(str(model))
+    if isinstance(companion, ImageProcessor):  # the resolution the model is made for
+        companion = replace(companion, size=getattr(loaded.config, "image_size", companion.size))
+    return Loaded(str(model), loaded, companion)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """A short fingerprint of some texts."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
