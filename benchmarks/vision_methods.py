@@ -103,7 +103,9 @@ class Bench:
             with tt.apply(f"vision={plan}", self.model) as session:
                 out = self.model(x).last_hidden_state
             map = session.provenance()["vision"]
-            features.append(map.unmerge(out) if out.shape[1] == map.n_out else out)
+            if isinstance(map, dict):  # merged and unmerged in each layer
+                map = list(map.values())[-1]
+            features.append(map.unmerge(out) if out.shape[1] == map.n_out < map.n_in else out)
         report = session.report()
         found, dense = torch.cat(features), self.dense
         return {
@@ -136,7 +138,9 @@ class Bench:
         with tt.apply(f"vision={plan}", self.model) as session:
             self.model(self.pixels[:1])
         name = plan.translate(str.maketrans("(), ", "____"))
-        picture = draw_groups(image.resize((1036, 1036)), session.provenance()["vision"], self.grid)
+        map = session.provenance()["vision"]
+        map = list(map.values())[-1] if isinstance(map, dict) else map
+        picture = draw_groups(image.resize((1036, 1036)), map, self.grid)
         picture.save(folder / f"{self.size}_{name}.png")
 
 

@@ -162,7 +162,8 @@ def test_around(on, attention):
     assert out.shape == (2, 26, 24)
     torch.testing.assert_close(out, model.layernorm(expected), **close)
     report = session.report()
-    assert report.flops < report.flops_dense and session.provenance()["vision"].is_identity
+    assert report.flops < report.flops_dense and report.stages["vision"].kept == 22 / 26
+    assert [map.n_out for map in session.provenance()["vision"].values()] == [22] * 3
 
 
 @pytest.mark.parametrize("placement", ["between", "boundary", "around"])

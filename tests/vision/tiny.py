@@ -2,31 +2,42 @@
 
 import torch
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
-from models.encoders import spread
+from models.encoders import TimmLike, spread
 
 TINY = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 40, "patch_size": 8}
 ENCODERS = {
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**TINY, layerscale_value=0.7)), 1),
     "registers": (lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)), 4),
+    "vit": (lambda: ViTModel(ViTConfig(**TINY, intermediate_size=48)), 1),
+    "deit": (lambda: DeiTModel(DeiTConfig(**TINY, intermediate_size=48)), 2),
+    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**TINY, intermediate_size=48)), 1),
+    "timm": (lambda: TimmLike(), 1),
     "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**TINY, intermediate_size=48)), 0),
 }
 """How to build them, and how many tokens are no patches."""
 
 
-def build(name):
+def build(name, attention="sdpa"):
     torch.manual_seed(0)
-    return spread(ENCODERS[name][0]().eval())
+    return spread(ENCODERS[name][0]().eval(), attention)
 
 
 def run(model, seed=1):
-    """The last hidden state of two images of 25 patches."""
+    """The last hidden state (or what the model returns) of two images of 25 patches."""
     images = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
-    return model(images).last_hidden_state
+    out = model(images)
+    return getattr(out, "last_hidden_state", out)

@@ -51,6 +51,8 @@ class VisionBench:
             features = self.model(pixel_values=pixels).last_hidden_state
             seconds = self._now() - start
         report, map = session.report(), session.provenance().get("vision")
+        if isinstance(map, dict):  # merged and unmerged again in each layer: the last one's groups stand for all
+            map = list(map.values())[-1]
         after = features.shape[1]
         before = after
         if isinstance(map, TokenMap):

@@ -191,7 +191,8 @@ class Session:
         return Report(str(self.plan), self.forwards, self.flops, self.flops_dense, deepcopy(self.records))
 
     def provenance(self) -> dict[str, TokenMap | dict[int, TokenMap]]:
-        """Of the last forward, by stage: one map composed over the layers, or (cache) one map a layer."""
+        """Of the last forward, by stage: one map composed over the layers, or, where layers act each on their own
+        (caches, reductions around a sub-layer), a map a layer."""
         chained: dict[str, TokenMap | dict[int, TokenMap]] = {
             stage: reduce(TokenMap.then, maps) for stage, maps in self._chains.items()
         }

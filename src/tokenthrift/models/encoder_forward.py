@@ -75,6 +75,8 @@ class Forward:
     ahead: list[int] = field(default_factory=list)
     """Numbers of tokens whose attention was computed before their reduction, to be fused."""
     maps: list[TokenMap] = field(default_factory=list)
+    around: dict[int, TokenMap] = field(default_factory=dict)
+    """Reductions that were undone behind a sub-layer, by layer."""
     sizes: Tensor | None = None
     """Per token, how many it stands for: ``(batch, tokens)``; None = all one."""
     real: Tensor | None = None

@@ -37,7 +37,7 @@ from ..core.costs import attention_flops, linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
-from ..ops.attention import augment_keys, fuse_attention
+from ..ops.attention import augment_keys, fuse_attention, per_head
 from .attention import BASES, replace_attention
 from .encoder import part
 from .encoder_forward import Forward, Parts, attention_bias
@@ -75,6 +75,8 @@ class _Runtime:
         self.on = set(getattr(method, "on", ())) if self.placement == "around" else set()
         if self.on - {"attention", "mlp", "kernel"} or (self.placement == "around" and not self.on):
             raise ThriftError(f"{self.name} on={sorted(self.on)}: name some of 'attention', 'mlp' and 'kernel'")
+        if getattr(method, "images_only", False) and self.family.text:
+            raise ThriftError(f"{self.name} works on grids of patches; {type(self.encoder).__name__} reads text")
         if "mlp" in self.on and self.family.post_norm:
             raise ThriftError(f"{type(self.encoder).__name__} has no MLP module to merge around: leave out on='mlp'")
         self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
@@ -222,10 +224,17 @@ class _Runtime:
         """Tell the session what happened."""
         device = next(self.encoder.parameters()).device
         self.session.start_maps("vision")
-        for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
-            self.session.add_map("vision", map)
         before = now.batch * now.tokens if now.given is None else int(now.given.sum())
         left = before if not now.maps else int(now.maps[-1].mask.sum())
+        if now.around:  # each layer's own, as they are in a cache; the stream keeps its length
+            for layer, map in now.around.items():
+                self.session.add_map("vision", map, layer)
+            left = sum(int(map.mask.sum()) for map in now.around.values())
+            left += before * (len(now.widths) - len(now.around))
+            before *= len(now.widths)
+        else:
+            for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
+                self.session.add_map("vision", map)
         self.session.record("vision", before=before, after=left, seconds=now.seconds)
         dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
         self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
@@ -288,7 +297,7 @@ class _Runtime:
             return h
         map, combined = decided
         if self.placement == "around":
-            now.map = map
+            now.map = now.around[now.layer] = map
             return h
         if getattr(self.method, "fused_attention", False):
             now.fused = fuse_attention(now.full_attention(project), map)
@@ -424,11 +433,11 @@ class _Runtime:
         if now is None or now.map is None:
             return run(query, key, value, mask)
         map = now.map
-        q, k, v = (_per_head(map.apply, x) for x in (query, key, value))
+        q, k, v = (per_head(map.apply, x) for x in (query, key, value))
         real = None if bool(map.mask.all()) else map.mask
         last = None if now.last is None else -map.positions("first", -now.last)
         bias = attention_bias(None, real, last)
-        return _per_head(map.unmerge, run(q, k, v, None if bias is None else bias.to(query.dtype)))
+        return per_head(map.unmerge, run(q, k, v, None if bias is None else bias.to(query.dtype)))
 
     def attend_fused(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
@@ -446,12 +455,6 @@ class _Runtime:
         query, key = augment_keys(query, key, self.now.sizes, scaling, multiple=8)
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - dim))  # these kernels want equal widths
         return run(query, key, value, mask)[..., :dim]
-
-
-def _per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``."""
-    out = function(x.transpose(1, 2).flatten(2))
-    return out.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
 
 
 def _lazily(make: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:

@@ -44,6 +44,7 @@ class SuperTokens:
     """
 
     placement: ClassVar[Literal["between", "boundary", "around"]] = "around"
+    images_only: ClassVar[bool] = True
     on: ClassVar[tuple[str, ...]] = ("attention",)
 
     cell: tuple[int, int] = (2, 2)

@@ -43,6 +43,7 @@ class ToMeSD:
     """
 
     placement: ClassVar[Literal["between", "boundary", "around"]] = "around"
+    images_only: ClassVar[bool] = True
 
     ratio: float = 0.5
     sx: int = 2
