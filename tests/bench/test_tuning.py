@@ -229,6 +229,7 @@ def test_gradient(images: Path, tmp_path: Path, name: str, learner: str) -> None
     assert session.plan == found.tuned
 
 
+@pytest.mark.slow
 @pytest.mark.packs
 def test_real_model(tmp_path: Path) -> None:
     found = tune("vision=tome(r=16)", "dinov2-s", None, tmp_path, generations=1, offspring=2, progress=False)

@@ -102,7 +102,7 @@ def _print(result: TuneResult) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)  # a file or a pipe has no width
-    table = Table(caption=f"loss: {result.loss}; means over {result.held_out} held-out inputs")
+    table = Table()
     for column in ("", "loss", f"{result.unit} left"):
         table.add_column(column, justify="right" if column else "left")
     for name, loss, cost in (
@@ -111,6 +111,7 @@ def _print(result: TuneResult) -> None:
     ):
         table.add_row(name, f"{loss:.4g}", f"{cost / result.dense_cost:.1%}")
     console.print(table)
+    console.print(f"loss: {result.loss}; means over {result.held_out} held-out inputs", style="dim", markup=False)
     schedules: dict[str, Any] = result.schedules
     for name, value in schedules.items():
         if name != "parameter":
