@@ -34,7 +34,7 @@ from torch.nn.functional import cosine_similarity
 import tokenthrift as tt
 from tokenthrift.models.images import open_image, preprocess
 from tokenthrift.models.saliency import load_saliency_head
-from tokenthrift.ops.matching import bipartite_soft_matching
+from tokenthrift.ops.matching import bipartite_soft_matching, leading
 from tokenthrift.vision.overlay import draw_groups
 
 Op = Callable[[Tensor, Tensor, Tensor, int, bool], None]
@@ -152,7 +152,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 def ours(keys: Tensor, x: Tensor, sizes: Tensor, r: int, lift: bool) -> None:
     """Match, merge, count; and copy back if asked."""
-    protected = (torch.arange(keys.shape[1]) < 1).expand(keys.shape[:2])
+    protected = leading(1, *keys.shape[:2])
     groups = bipartite_soft_matching(keys, r, protected)
     assert groups is not None
     map = groups.map(sizes)

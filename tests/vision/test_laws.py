@@ -82,7 +82,11 @@ def test_runs_on_every_family_and_leaves_it_as_it_was(name, encoder):
 @pytest.mark.parametrize("name", METHODS)
 @settings(max_examples=12, deadline=None)
 @given(
-    side=st.integers(3, 7), prefix=st.integers(0, 4), batch=st.integers(1, 3), seed=st.integers(0, 2**16), data=st.data()
+    side=st.integers(3, 7),
+    prefix=st.integers(0, 4),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
 )
 def test_laws_of_the_maps(name, side, prefix, batch, seed, data):
     torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from tokenthrift import Plan, ThriftError, View
 from tokenthrift.core.view import Lazy
 from tokenthrift.ops.matching import bipartite_soft_matching
 from tokenthrift.vision.pitome import PiToMe, PiToMeText, alternate_ranks, energy, gaussian_energy, most_similar_ranks
-from vision.tiny import ENCODERS, build, run
+from vision.tiny import ENCODERS, RETURN_TOKENS, build, run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vision"
 close = {"rtol": 1e-5, "atol": 1e-5}
@@ -259,7 +259,7 @@ def test_plans_print_back_the_same(call):
     assert Plan.parse(str(plan)) == plan == Plan.from_yaml(plan.to_yaml())
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", RETURN_TOKENS)
 @pytest.mark.parametrize("call", ["pitome(keep=0.4)", "pitome(ratio=0.8, prop_attn=True)", "pitome(r=3, bsm=0.0)"])
 def test_vision_encoders_run_it(name, call):
     model, prefix = build(name), ENCODERS[name][1]

@@ -29,6 +29,8 @@ ENCODERS = {
     "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**TINY, intermediate_size=48)), 0),
 }
 """How to build them, and how many tokens are no patches."""
+RETURN_TOKENS = [name for name in ENCODERS if name != "timm"]
+"""Those that return what is left of the tokens, and no logits."""
 
 
 def build(name, attention="sdpa"):

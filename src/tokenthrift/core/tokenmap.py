@@ -154,7 +154,8 @@ class TokenMap:
             mask=everything.expand(anchor.shape),
             _real=everything.expand(group.shape),
             _drops=False,
-            _pads=False,
+            padded=False,
+            _mass=(weight, total),
             _edges=(
                 _flat(anchor, n_in),
                 (of_anchor / total).reshape(-1, 1),
@@ -235,11 +236,17 @@ class TokenMap:
         return hits.scatter_add_(-1, self.source, self._real.to(hits.dtype)) > 0
 
     @cached_property
+    def _mass(self) -> tuple[Tensor | None, Tensor | None]:
+        """Sizes whose :meth:`sizes` are known, and these."""
+        return None, None
+
+    @cached_property
     def _drops(self) -> bool:
         return not bool(self.kept.all())
 
     @cached_property
-    def _pads(self) -> bool:
+    def padded(self) -> bool:
+        """True when some output is no token, but padding."""
         return not bool(self.mask.all())
 
     @cached_property
@@ -323,7 +330,7 @@ class TokenMap:
             raise ValueError(f"this map takes {(*self.lead, self.n_in)} tokens, got features of shape {tuple(x.shape)}")
         if self.is_selection:
             out = _rows(x, self.source)
-            return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self._pads else out
+            return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
         if not self.n_edges:
             return x.new_zeros(*self.lead, self.n_out, x.shape[-1])
         if self.n_edges > 4 * (self.n_in + self.n_out):  # many-to-many: a matrix product beats a sum over edges
@@ -336,7 +343,7 @@ class TokenMap:
         if more.numel():
             out.index_add_(0, target, flat.index_select(0, more).to(wide).mul_(more_weight))
         out = out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
-        return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self._pads else out
+        return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
         """Back to the input tokens: ``(*lead, n_out, dim)`` to ``(*lead, n_in, dim)``.
@@ -365,6 +372,9 @@ class TokenMap:
 
     def sizes(self, sizes: Tensor | None = None) -> Tensor:
         """``P s``: original tokens that each output stands for, ``(*lead, n_out)``; ``sizes`` are the inputs'."""
+        weighed, total = self._mass
+        if total is not None and weighed is sizes:
+            return total
         _check_shape("sizes", sizes, (*self.lead, self.n_in))
         given = self._share if sizes is None else self._share * sizes.gather(-1, self.source)
         return self._scatter(given, self.n_out)

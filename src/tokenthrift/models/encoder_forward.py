@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
+from ..ops.matching import leading
 from .encoder import Family, part
 
 
@@ -162,7 +163,7 @@ class Forward:
         """From here on the tokens are those that ``map`` makes."""
         self.maps.append(map)
         self.sizes = map.sizes(self.sizes)
-        self.real = None if bool(map.mask.all()) else map.mask
+        self.real = map.mask if map.padded else None
         if self.guarded is not None:
             self.guarded = map.apply(self.guarded.to(torch.float32).unsqueeze(-1)).squeeze(-1) > 0
         if self.segments is not None:
@@ -245,6 +246,8 @@ class Forward:
         )
 
     def _protected(self, rows: _Rows, h: Tensor) -> Tensor:
+        if self.guarded is None and (self.frames == 1 or self.maps):
+            return leading(self.prefix, h.shape[0], h.shape[1], h.device)
         slot = torch.arange(h.shape[1], device=h.device)
         if self.frames > 1 and not self.maps:  # every frame still has its own prefix
             slot = slot % (self.tokens // self.frames)

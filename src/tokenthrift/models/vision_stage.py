@@ -401,7 +401,7 @@ class _Runtime:
             return None
         x = args[0] if args else kwargs["hidden_states"]
         with now:
-            real = None if bool(now.map.mask.all()) else now.map.mask
+            real = now.map.mask if now.map.padded else None
             last = None if now.last is None else -now.map.positions("first", -now.last)
             bias = attention_bias(None, real, last)
             mask = None if bias is None else bias.to(x.dtype)
@@ -434,7 +434,7 @@ class _Runtime:
             return run(query, key, value, mask)
         map = now.map
         q, k, v = (per_head(map.apply, x) for x in (query, key, value))
-        real = None if bool(map.mask.all()) else map.mask
+        real = map.mask if map.padded else None
         last = None if now.last is None else -map.positions("first", -now.last)
         bias = attention_bias(None, real, last)
         return per_head(map.unmerge, run(q, k, v, None if bias is None else bias.to(query.dtype)))

@@ -77,11 +77,16 @@ def bipartite_soft_matching(
         return None
     metric = normalize(metric.to(torch.float32), dim=-1)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
-    if protected is not None:
+    front = _leading(protected)
+    if front:
+        scores[:, :, : front // 2] = -torch.inf
+    elif protected is not None and front is None:
         row, column = protected[:, 1::2].nonzero(as_tuple=True)  # few: no pass over the whole matrix
         scores[row, :, column] = -torch.inf
     best, partner = scores.max(-1)
-    if protected is not None:
+    if front:
+        best[:, : (front + 1) // 2] = -torch.inf
+    elif protected is not None and front is None:
         best = best.masked_fill(protected[:, ::2], -torch.inf)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     chosen, left = ranked[:, :r], ranked[:, r:]
@@ -94,6 +99,18 @@ def bipartite_soft_matching(
         return Groups.standing_at(torch.cat([2 * left, in_b.nonzero()[:, 1].view(batch, -1)], dim=-1), giver, receiver)
     part = (in_b + 1).masked_fill(protected, 0).scatter(1, giver, 3)
     return Groups.standing_at(part.argsort(dim=-1, stable=True)[:, : tokens - r], giver, receiver)
+
+
+def leading(count: int, batch: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """The mask ``(batch, tokens)`` of the first ``count`` tokens, by which matching need not search them."""
+    mask = (torch.arange(tokens, device=device) < count).expand(batch, tokens)
+    mask._leading = count  # type: ignore[attr-defined]
+    return mask
+
+
+def _leading(protected: Tensor | None) -> int | None:
+    """How many tokens :func:`leading` has marked; None = the mask must be read."""
+    return None if protected is None else getattr(protected, "_leading", None)
 
 
 def kth_bipartite_soft_matching(metric: Tensor, k: int, protected: Tensor | None = None) -> Groups | None:
@@ -138,8 +155,11 @@ def most_similar(metric: Tensor, giver: Tensor, taker: Tensor) -> Tensor:
 
 def most_mergeable(tokens: int, protected: Tensor | None = None) -> int:
     """The most tokens that one round of bipartite matching can remove from every row of the batch."""
-    if protected is None:
-        return tokens // 2
+    front = 0 if protected is None else _leading(protected)
+    if front is not None:
+        in_a, in_b = (tokens + 1) // 2 - (front + 1) // 2, tokens // 2 - front // 2
+        return max(min((in_a + in_b) // 2, in_a), 0) if in_b > 0 else 0
+    assert protected is not None
     free = ~protected
     givers, takers = free[:, ::2].sum(-1), free[:, 1::2].sum(-1)
     most = torch.minimum((givers + takers) // 2, givers) * (takers > 0)
