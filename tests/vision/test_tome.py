@@ -86,8 +86,9 @@ def test_the_map_weighs_by_size_and_averages_the_heads():
     torch.testing.assert_close(map.weight, parts["sizes"] / mass.gather(1, map.target))
 
 
-def test_too_large_an_r_is_clipped_to_half():
-    assert ToMe(r=99).reduce(view(17, **seen(17))).n_out == 9
+def test_too_large_an_r_is_clipped_to_half_and_said():
+    with pytest.warns(UserWarning, match="r=99 is more than half of a layer's tokens"):
+        assert ToMe(r=99).reduce(view(17, **seen(17))).n_out == 9
 
 
 def test_two_layers_in_the_official_order_give_the_authors_tokens():

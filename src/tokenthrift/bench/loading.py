@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core.errors import ThriftError
 from ..models.images import ImageProcessor
 
 LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
@@ -36,18 +37,27 @@ class Loaded:
         return f"{self.label} {digest([*parts, str(self.model.device)])}"
 
 
-def load_model(model: Any, processor: Any) -> Loaded:
-    """A pack, hub id, folder, or a loaded model with its ``processor``."""
+def load_model(model: Any, processor: Any, size: int | None = None) -> Loaded:
+    """A pack, hub id, folder, or a loaded model with its ``processor``; images ``size`` pixels a side."""
     from ..models.packs import load
     from ..models.packs.loading import check_finite
 
     if not isinstance(model, str | os.PathLike):
         check_finite(model, type(model).__name__)
-        return Loaded(getattr(model.config, "_name_or_path", "") or type(model).__name__, model.eval(), processor)
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return Loaded(name, model.eval(), _sized(processor, size))
     loaded, companion = load(str(model))
     if isinstance(companion, ImageProcessor):  # the resolution the model is made for
         companion = replace(companion, size=getattr(loaded.config, "image_size", companion.size))
-    return Loaded(str(model), loaded, companion)
+    return Loaded(str(model), loaded, _sized(companion, size))
+
+
+def _sized(processor: Any, size: int | None) -> Any:
+    if size is None:
+        return processor
+    if not isinstance(processor, ImageProcessor):
+        raise ThriftError(f"the size of images cannot be set for a {type(processor).__name__}: set it there")
+    return replace(processor, size=size)
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -23,8 +23,15 @@ LANGUAGE = (
 )
 """For language models: each stage alone, then together. Shares, not counts, to fit prompts of any length."""
 
-VISION = ("vision=tome(keep=0.8)", "vision=tome(keep=0.6)", "vision=tome(keep=0.4)", "vision=tome(keep=0.25)")
-"""For vision encoders: from careful to aggressive merging."""
+VISION = (
+    *(f"vision=tome(keep={keep})" for keep in (0.8, 0.6, 0.4, 0.25)),
+    *(
+        f"vision={name}(keep=0.4)"
+        for name in ("pitome", "mctf", "diffrate", "tofu", "evit", "tps", "dpc_knn", "token_transforming")
+    ),
+    "vision=tomesd(ratio=0.5)",
+)
+"""For vision encoders: one method from careful to aggressive, then others at one share."""
 
 VISION_STAGES = {"vision"}
 

@@ -158,6 +158,7 @@ def tune(
     out: str | Path = "tokenthrift-tune",
     *,
     processor: Any = None,
+    size: int | None = None,
     search: str = "evolution",
     generations: int = 40,
     offspring: int = 16,
@@ -180,6 +181,7 @@ def tune(
         data: files or folders of unlabelled images or texts; None = what comes with Tokenthrift and Python, which is
             little. A quarter is held out.
         out: folder for results.jsonl (a line a generation), plan.yaml and report.json.
+        size: pixels a side to which images are scaled; None = what the model is made for.
         search: ``evolution`` or ``gradient`` (``diffrate``, ``pyra``).
         generations, offspring: of the evolution.
         steps: of the gradient descent.
@@ -200,7 +202,7 @@ def tune(
     found = default_data() if given is None else load_data(given)
     if model is None:
         model = VISION_MODEL if is_vision(plan) else LANGUAGE_MODEL
-    loaded = load_model(model, processor)
+    loaded = load_model(model, processor, size)
     apply(plan, loaded.model)  # unknown stages fail here, before any compute
     fidelity = fidelity_of(loaded, found, plan.steps[index].stage, inputs, seed)
     run = Run(plan, index, loaded, fidelity, settings)

@@ -35,6 +35,14 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plan.yaml and report.json.")] = Path(
         "tokenthrift-tune"
     ),
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels a side to which images are scaled; by default what the model is made for.",
+            show_default=False,
+            min=1,
+        ),
+    ] = None,
     search: Annotated[
         str,
         typer.Option(
@@ -73,6 +81,7 @@ def tune(
             model,
             data,
             out,
+            size=size,
             search=search,
             generations=generations,
             offspring=offspring,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -47,7 +48,7 @@ def check_share(name: str, parameter: str, value: float, half: str) -> None:
 
 
 def to_remove(view: View, keep: float, r: Removal | None, layers: int | None = None) -> int:
-    """How many tokens the layer of this view is to remove.
+    """How many tokens the layer of this view is to remove; an ``r`` that it cannot meet is warned of.
 
     By ``r``, or so many that the share ``keep`` of the patches (of a text: of the tokens after the prefix) is left
     after the last layer: each layer that is left takes an equal part of what is still too much, rounded up.
@@ -62,7 +63,10 @@ def to_remove(view: View, keep: float, r: Removal | None, layers: int | None = N
     if layer >= acting:
         return 0
     if r is not None:
-        return parse_r(r, acting)[layer]
+        wanted = parse_r(r, acting)[layer]
+        if wanted > max(view.features.shape[1] - view.prefix, 0) // 2:  # the same words for all layers: said once
+            warnings.warn(f"r={wanted} is more than half of a layer's tokens: it is clipped to half", stacklevel=3)
+        return wanted
     start: int = math.prod(view.grid) if "grid" in view else view.tokens - view.prefix
     excess: int = view.features.shape[1] - view.prefix - Budget(ratio=float(keep)).tokens(start)
     return max(math.ceil(excess / (acting - layer)), 0)
