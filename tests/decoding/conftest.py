@@ -24,7 +24,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from tokenthrift.decoding.draft import Draft
 from tokenthrift.decoding.engine import speculate
+from tokenthrift.decoding.protocols import each_row
 
 VOCAB = 24
 SMALL = {
@@ -143,7 +145,9 @@ def prompts():
 class Oracle:
     """Drafts the continuation of a known text, with some tokens spoilt: exact verification must undo the damage."""
 
-    def __init__(self, text: Sequence[int], spoil: float, width: int, seed: int, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, text: Sequence[int], spoil: float, width: int, seed: int, prompt: Sequence[int], request=None
+    ) -> None:
         self.text, self.spoil, self.width = list(text), spoil, width
         self.rng = random.Random(seed)
         self.length = len(prompt)
@@ -165,7 +169,32 @@ def oracle():
     return lambda text, spoil=0.2, width=6, seed=0: partial(Oracle, text, spoil, width, seed)
 
 
+class TreeOracle(Oracle):
+    """The same hidden in a tree: beside every right guess wrong ones, some of them first, some with guesses below."""
+
+    def propose(self, limit: int) -> Draft:
+        tokens, parents, node = [], [], -1
+        for right in super().propose(limit):
+            wrong = [t for t in self.rng.sample(range(VOCAB), 3) if t != right]
+            siblings = [*wrong[:1], right, *wrong[1:]] if self.rng.random() < 0.5 else [right, *wrong]
+            first = len(tokens)
+            tokens += siblings
+            parents += [node] * len(siblings)
+            other = first + siblings.index(wrong[0])
+            node = first + siblings.index(right)
+            if self.rng.random() < 0.5:
+                tokens.append(self.rng.randrange(VOCAB))
+                parents.append(other)
+        return Draft(tokens, parents)
+
+
+@pytest.fixture
+def tree_oracle():
+    """``tree_oracle(text, spoil, width)``: a factory of drafters of trees."""
+    return lambda text, spoil=0.2, width=6, seed=0: partial(TreeOracle, text, spoil, width, seed)
+
+
 @pytest.fixture
 def custom():
     """``custom(factory, ...)``: the engine as ``custom_generate``."""
-    return lambda factory, **kwargs: partial(speculate, drafter_factory=factory, **kwargs)
+    return lambda factory, **kwargs: partial(speculate, start=each_row(factory), **kwargs)

@@ -158,6 +158,67 @@ def test_logits_processors_see_every_prefix_once_and_in_order(llama, prompts, or
     assert runs[0] == runs[1]
 
 
+# ---- trees ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"eos_token_id": [1, 5, 9], "pad_token_id": 0}])
+def test_trees(model, prompts, tree_oracle, custom, options, attention):
+    rows = [prompts(seed, length) for seed, length in enumerate((24, 17, 9))]
+    ids = ids_of(*([0] * (24 - len(r)) + r for r in rows))
+    mask = (torch.arange(24) >= 24 - torch.tensor([[24], [17], [9]])).long()
+    options = {"pad_token_id": 0, **options, "do_sample": False, "max_new_tokens": 40}
+    before, accepted = model.config._attn_implementation, 0
+    model.set_attn_implementation(attention)
+    try:
+        for inputs in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1]}):
+            plain = model.generate(**inputs, **options)
+            texts = [row[-n:] for row, n in zip(plain.tolist(), plain.shape[1] - 24 + mask.sum(1), strict=False)]
+            stream, (seen, on_done) = iter(texts), stats_of()
+            start = custom(lambda p, request: tree_oracle(next(stream), 0.1)(p), on_done=on_done)  # noqa: B023
+            ours = model.generate(**inputs, custom_generate=start, **options)
+            assert ours.tolist() == plain.tolist()
+            accepted += seen[0].accepted
+        assert accepted > 0
+    finally:
+        model.set_attn_implementation(before)
+
+
+def test_the_cache_after_trees_is_that_of_plain_generate(model, prompts, tree_oracle, custom):
+    ids = ids_of(*(prompts(seed) for seed in range(2)))
+    options = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True}
+    plain = model.generate(ids, **options)
+    texts = iter(plain.sequences.tolist())
+    ours = model.generate(ids, custom_generate=custom(lambda p, request: tree_oracle(next(texts))(p)), **options)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    for a, b in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        assert a.get_seq_length() == b.get_seq_length()
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-4)
+
+
+def test_trees_become_chains_where_the_cache_takes_no_trees(lfm2, prompts, tree_oracle, custom):
+    ids = ids_of(prompts(5))
+    plain = lfm2.generate(ids, do_sample=False, max_new_tokens=30).tolist()
+    assert (
+        lfm2.generate(ids, do_sample=False, max_new_tokens=30, custom_generate=custom(tree_oracle(plain[0]))).tolist()
+        == plain
+    )
+
+
+def test_sampled_trees_give_the_tokens_of_plain_generate_with_the_same_seed(model, prompts, tree_oracle, custom):
+    for seed in range(3):
+        ids = ids_of(prompts(seed))
+        torch.manual_seed(seed)
+        plain = model.generate(ids, do_sample=True, top_k=5, max_new_tokens=25)
+        torch.manual_seed(seed)
+        engine = custom(tree_oracle(plain[0].tolist()))
+        assert (
+            model.generate(ids, do_sample=True, top_k=5, max_new_tokens=25, custom_generate=engine).tolist()
+            == plain.tolist()
+        )
+
+
 # ---- batches --------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +235,7 @@ def test_left_padded_batches(model, prompts, oracle, custom, options):
     ]
     texts = iter(text + row[24:] for text, row in zip(texts, plain.tolist(), strict=True))
     seen, on_done = stats_of()
-    engine = custom(lambda prompt: oracle(next(texts), 0.03)(prompt), on_done=on_done)
+    engine = custom(lambda prompt, request: oracle(next(texts), 0.03)(prompt), on_done=on_done)
     assert model.generate(ids, custom_generate=engine, **options).tolist() == plain.tolist()
     assert seen[0].accepted > 0
 
@@ -189,7 +250,7 @@ def test_rows_that_end_early_stay_padded_while_others_go_on(llama, prompts, orac
     seen, on_done = stats_of()
     ours = llama.generate(
         ids,
-        custom_generate=custom(lambda prompt: oracle(next(texts), 0.05)(prompt), on_done=on_done),
+        custom_generate=custom(lambda prompt, request: oracle(next(texts), 0.05)(prompt), on_done=on_done),
         **options,
     )
     assert ours.tolist() == plain.tolist()
@@ -197,12 +258,38 @@ def test_rows_that_end_early_stay_padded_while_others_go_on(llama, prompts, orac
 
 
 def test_several_return_sequences(llama, prompts, custom):
+    """Rows draw one after the other, so the tokens are not those of plain generate with this seed; their law is."""
     ids = ids_of(prompts(0))
-    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12}
-    torch.manual_seed(3)
-    plain = llama.generate(ids, **options)
-    torch.manual_seed(3)
-    assert llama.generate(ids, custom_generate=custom(LOOKUP), **options).tolist() == plain.tolist()
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "custom_generate": custom(LOOKUP)}
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(llama.generate(ids, **options))
+    assert runs[0].tolist() == runs[1].tolist()
+    assert runs[0].shape == (3, ids.shape[1] + 12)
+    assert len(set(map(tuple, runs[0].tolist()))) == 3
+
+
+def test_rows_that_accept_more_do_not_wait(model, prompts, oracle, custom):
+    ids = ids_of(*(prompts(seed) for seed in range(3)))
+    plain = model.generate(ids, do_sample=False, max_new_tokens=31)
+    calls = []
+    handle = model.register_forward_hook(
+        lambda _m, _i, kwargs, _o: calls.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    texts = iter(zip(plain.tolist(), (0.0, 0.0, 1.0), strict=True))
+    seen, on_done = stats_of()
+    try:
+        engine = custom(lambda prompt, request: oracle(*next(texts), width=5)(prompt), on_done=on_done)
+        ours = model.generate(ids, do_sample=False, max_new_tokens=31, custom_generate=engine)
+    finally:
+        handle.remove()
+    assert ours.tolist() == plain.tolist()
+    # Two rows are through after 5 steps of 6; from then on only the third is fed.
+    assert all(shape[0] == 1 for shape in calls[1:])
+    assert [shape[1] for shape in calls[1:6]] == [18] * 5
+    assert max(shape[1] for shape in calls[6:]) == 6
+    assert seen[0].by_source["draft"] == [sum(d for d, _ in seen[0].by_depth), seen[0].accepted]
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from tokenthrift.decoding.verify import Stopper, Verifier
+from tokenthrift.decoding.draft import Draft
+from tokenthrift.decoding.verify import Stopper, Text, Verifier
 
 DRAFT = [2, 0, 5]
 P = torch.tensor(
@@ -27,10 +28,18 @@ DRAWS = 6000
 class Eager(Verifier):
     """Wrong on purpose: takes the drafted token 10 times in 100 without asking."""
 
-    def _pick(self, ids, logits):
-        at = ids.shape[1] - 1
-        tokens = super()._pick(ids, logits)
+    def _choose(self, rows, text, drafts, nodes, logits):
+        at = nodes[0] + 1
+        tokens = super()._choose(rows, text, drafts, nodes, logits)
         return [DRAFT[at]] if at < len(DRAFT) and random.random() < 0.1 else tokens
+
+
+def judge(verifier: Verifier, prompts, drafts, logits) -> tuple[list[list[int]], Text]:
+    """What is committed after ``prompts`` for chains, row by row."""
+    text = Text(torch.tensor(prompts), 8)
+    verdicts = verifier(text, [Draft.chain(draft) for draft in drafts], logits)
+    assert all(v.path == list(range(len(v.tokens) - 1)) for v in verdicts)
+    return [v.tokens for v in verdicts], text
 
 
 def law() -> dict[tuple[int, ...], float]:
@@ -57,9 +66,8 @@ def chi_square(kind: type[Verifier]) -> tuple[float, float]:
     counts = dict.fromkeys(expected, 0)
     stopper = Stopper(StoppingCriteriaList(), max_length=99)
     for _ in range(DRAWS):
-        text = torch.tensor([[1, *DRAFT, 0]])
         verifier = kind(processors, stopper, sample=True, pad=None, batch=1)
-        counts[tuple(t for (t,) in verifier(text, 1, [DRAFT], logits))] += 1
+        counts[tuple(judge(verifier, [[1]], [DRAFT], logits)[0][0])] += 1
     statistic = sum((counts[k] - DRAWS * p) ** 2 / (DRAWS * p) for k, p in expected.items())
     freedom = len(expected) - 1
     return statistic, freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3
@@ -86,10 +94,10 @@ def test_processors_get_only_committed_prefixes():
     verifier = Verifier(
         LogitsProcessorList([note]), Stopper(StoppingCriteriaList(), 99), sample=False, pad=None, batch=1
     )
-    text = torch.tensor([[7, 2, 0, 3, 9]])
-    assert verifier(text, 1, [[2, 0, 3]], P[None]) == [[2], [0], [5]]
+    tokens, text = judge(verifier, [[7]], [[2, 0, 3]], P[None])
+    assert tokens == [[2, 0, 5]]
     assert prefixes == [[7], [7, 2], [7, 2, 0]]
-    assert text[0, :4].tolist() == [7, 2, 0, 5]
+    assert text.all(pad=9).tolist() == [[7, 2, 0, 5]]
 
 
 def test_criteria_of_length_and_end_are_answered_as_transformers_answers_them():
@@ -104,11 +112,30 @@ def test_criteria_of_length_and_end_are_answered_as_transformers_answers_them():
 def test_rows_move_together_and_finished_rows_are_padded():
     criteria = StoppingCriteriaList([EosTokenCriteria([5])])
     verifier = Verifier(LogitsProcessorList(), Stopper(criteria, 99), sample=False, pad=9, batch=2)
-    text = torch.full((2, 8), 1)
     one_hot = torch.eye(10)[torch.tensor([[5, 2, 2, 2], [3, 4, 6, 6]])]
-    # Row 0 ends at once; its draft for the next place is not padding, so both rows stop there.
-    assert verifier(text, 1, [[5, 2, 2], [3, 4, 6]], one_hot) == [[5, 3], [9, 4]]
+    # Row 0 ends at once, and gets padding as long as row 1 accepts.
+    tokens, text = judge(verifier, [[1], [1]], [[5, 2, 2], [3, 4, 6]], one_hot)
+    assert tokens == [[5, 9, 9, 9], [3, 4, 6, 6]]
+    assert text.all(pad=9).tolist() == [[1, 5, 9, 9, 9], [1, 3, 4, 6, 6]]
     assert (verifier.done, verifier.idle, verifier.finished) == ([True, False], [True, False], False)
+
+
+def test_rows_of_their_own_pace():
+    criteria = StoppingCriteriaList([EosTokenCriteria([5])])
+    verifier = Verifier(LogitsProcessorList(), Stopper(criteria, 99), sample=False, pad=9, batch=2, joint=False)
+    one_hot = torch.eye(10)[torch.tensor([[5, 2, 2, 2], [3, 4, 6, 6]])]
+    tokens, text = judge(verifier, [[1], [1]], [[5, 2, 2], [3, 4, 6]], one_hot)
+    assert tokens == [[5], [3, 4, 6, 6]]
+    assert text.all(pad=9).tolist() == [[1, 5, 9, 9, 9], [1, 3, 4, 6, 6]]
+
+
+def test_trees_are_walked_by_the_models_own_choices():
+    draft = Draft(tokens=[2, 3, 0, 1, 5], parents=[-1, -1, 1, 1, 2])
+    own = {-1: 3, 1: 0, 2: 5, 4: 7}
+    logits = torch.eye(10)[torch.tensor([own.get(node, 9) for node in range(-1, 5)])]
+    verifier = Verifier(LogitsProcessorList(), Stopper(StoppingCriteriaList(), 99), sample=False, pad=None, batch=1)
+    [verdict] = verifier(Text(torch.tensor([[1]]), 8), [draft], [logits])
+    assert (verdict.tokens, verdict.path) == ([3, 0, 5, 7], [1, 2, 4])
 
 
 def test_greedy_stops_at_the_first_disagreement_whatever_follows():
@@ -117,11 +144,11 @@ def test_greedy_stops_at_the_first_disagreement_whatever_follows():
         own = [rng.randrange(4) for _ in range(6)]
         draft = [rng.randrange(4) for _ in range(5)]
         verifier = Verifier(LogitsProcessorList(), Stopper(StoppingCriteriaList(), 99), sample=False, pad=None, batch=1)
-        new = verifier(torch.zeros(1, 9, dtype=torch.long), 1, [draft], torch.eye(4)[torch.tensor([own])])
+        [new], _ = judge(verifier, [[0]], [draft], torch.eye(4)[torch.tensor([own])])
         agreed = next((i for i, (a, b) in enumerate(zip(own, draft, strict=False)) if a != b), 5)
-        assert [t for (t,) in new] == own[: agreed + 1]
+        assert new == own[: agreed + 1]
 
 
 def test_no_draft_is_a_plain_step():
     verifier = Verifier(LogitsProcessorList(), Stopper(StoppingCriteriaList(), 99), sample=False, pad=None, batch=1)
-    assert verifier(torch.zeros(1, 4, dtype=torch.long), 1, [[]], P[None, :1]) == [[2]]
+    assert judge(verifier, [[0]], [[]], P[None, :1])[0] == [[2]]

@@ -187,3 +187,22 @@ def test_sampling_with_the_same_seed_gives_the_same_tokens(model):
     with session_of(model):
         torch.manual_seed(5)
         assert model.generate(IDS, **options).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("cache", ["knorm(budget=0.5)", "streaming_llm(budget=7)", "snapkv(budget=0.6, window=2)"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_reduced_cache_is_read_and_grown_as_without_drafts(model, cache, rows):
+    ids = torch.cat([IDS, IDS.flip(1), IDS.roll(3)])[:rows]
+    mask = torch.ones_like(ids)
+    mask[1:, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    with session_of(model, f"cache={cache}"):
+        plain = model.generate(ids, return_dict_in_generate=True, **options)
+    with session_of(model, f"cache={cache} decode=prompt_lookup(adaptive=False)") as session:
+        ours = model.generate(ids, return_dict_in_generate=True, **options)
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    assert session.records["decode"].extra["accepted"] > 0
+    for a, b in zip(ours.past_key_values.layers, plain.past_key_values.layers, strict=True):
+        assert (a.get_seq_length(), a.dropped, a.entries) == (b.get_seq_length(), b.dropped, b.entries)
+        assert a.positions.tolist() == b.positions.tolist()
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-4)

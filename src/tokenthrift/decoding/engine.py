@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
-from transformers.cache_utils import QuantizedCache
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..core.errors import ThriftError
-from .protocols import Drafter, DrafterFactory
-from .verify import Stopper, Verifier
+from .draft import NOTHING, Draft
+from .planner import Planner
+from .protocols import Drafters, Request, Start
+from .rules import rule_of
+from .runners import runner_of
+from .verify import BY_ROW, Stopper, Text, Verdict, Verifier
 
 
 @dataclass
 class DecodeStats:
-    """Counts and times of one ``generate`` call. Tokens are counted per row: a batch of 8 that grew by 5 counts 5.
+    """Counts and times of one ``generate`` call.
 
     Attributes:
-        committed: tokens generated, which is the number of forwards that plain decoding takes.
+        committed: tokens by which the longest row grew, which is the number of forwards that plain decoding takes.
         forwards: forwards of the model, the prefill included.
-        drafts: forwards that verified a draft; ``drafted`` and ``accepted`` are the tokens in them.
+        drafts: forwards that verified drafts; ``drafted`` and ``accepted`` are the guesses in them, over all rows.
         draft_seconds: time to propose; ``verify_seconds`` to run and judge the forwards after the prefill;
             ``prefill_seconds`` the prefill.
+        by_depth: how many guesses were verified and how many accepted, at depth 1, 2, ... of the drafts, in all rows.
+        by_source: the same by where a guess came from.
     """
 
     committed: int = 0
@@ -41,6 +45,23 @@ class DecodeStats:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    by_depth: list[list[int]] = field(default_factory=list)
+    by_source: dict[str, list[int]] = field(default_factory=dict)
+
+    def note(self, drafts: Sequence[Draft | None], verdicts: Sequence[Verdict]) -> None:
+        """Count the guesses of a step."""
+        for draft, verdict in zip(drafts, verdicts, strict=True):
+            if draft is None or not len(draft):
+                continue
+            accepted = set(verdict.path)
+            self.drafted += len(draft)
+            self.accepted += len(accepted)
+            for node, depth in enumerate(draft.depths):
+                while len(self.by_depth) < depth:
+                    self.by_depth.append([0, 0])
+                for counts in (self.by_depth[depth - 1], self.by_source.setdefault(draft.source(node), [0, 0])):
+                    counts[0] += 1
+                    counts[1] += node in accepted
 
 
 @torch.no_grad()
@@ -53,23 +74,30 @@ def speculate(
     synced_gpus: bool = False,
     streamer: Any = None,
     *,
-    drafter_factory: DrafterFactory,
+    start: Start,
+    rule: str = "sample",
+    on_step: Callable[[list[Draft | None], list[Verdict]], None] | None = None,
     on_done: Callable[[DecodeStats], None] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate with drafts, the same output as plain decoding in fewer forwards.
 
-    ``partial(speculate, drafter_factory=method.start)`` is a ``custom_generate`` of transformers' ``generate``, which
-    passes all arguments but the last two. Greedy decoding and sampling, batches (which move at the pace of the row that
-    accepts least, so that rows stay aligned), left padding, a cache from an earlier turn, chunked prefill, logits
-    processors, stopping criteria, streamers, ``output_scores`` and ``output_logits`` all act as in plain decoding. The
-    tokens are those of plain decoding wherever a forward of several tokens gives the same logits as forwards of one:
-    in float32 up to near-ties, in half precision more ties flip.
+    ``partial(speculate, start=each_row(method.start))`` is a ``custom_generate`` of transformers' ``generate``, which
+    passes all arguments but the last ones. Greedy decoding and sampling, batches, left padding, a cache from an earlier
+    turn, chunked prefill, logits processors, stopping criteria, streamers, ``output_scores`` and ``output_logits`` all
+    act as in plain decoding. The tokens are those of plain decoding wherever a forward of several tokens gives the same
+    logits as forwards of one: in float32 up to near-ties, in half precision more ties flip.
+
+    The rows of a batch accept what each can, in one packed forward (:mod:`tokenthrift.models.packed`). They move at the
+    pace of the one that accepts least where the model or its cache cannot be packed, and where something looks at the
+    whole batch at once: a streamer, ``output_scores``, processors and criteria of your own.
 
     Args:
         model: a decoder-only ``transformers`` model.
         input_ids: ``(batch, tokens)`` int64.
-        drafter_factory: makes the drafter of a row from its prompt tokens.
+        start: makes the batch's drafters from the prompts.
+        rule: how guesses are judged when sampling; see :mod:`tokenthrift.decoding.rules`.
+        on_step: called after every forward but the first with what was verified and what was committed, row by row.
         on_done: called once with the counts and times, when generation ended normally.
 
     Returns:
@@ -80,94 +108,110 @@ def speculate(
             ``output_hidden_states``, encoder-decoder models, several synchronised GPUs.
     """
     _refuse(model, generation_config, synced_gpus, model_kwargs)
-    batch, length = input_ids.shape
-    as_dict = generation_config.return_dict_in_generate
+    batch, as_dict = input_ids.shape[0], generation_config.return_dict_in_generate
     stopper = Stopper(stopping_criteria, generation_config.max_length)
+    sample = bool(generation_config.do_sample)
     pad = getattr(generation_config, "_pad_token_tensor", None)
+    keep_scores = bool(as_dict and generation_config.output_scores)
+    keep_logits = bool(as_dict and generation_config.output_logits)
+    one_by_one = (
+        stopper.by_row
+        and (stopper.pads or not stopper.reads_tensors)
+        and streamer is None
+        and not (keep_scores or keep_logits)
+        and all(type(p) in BY_ROW for p in logits_processor)
+    )
     verifier = Verifier(
         logits_processor,
         stopper,
-        sample=bool(generation_config.do_sample),
+        sample=sample,
         pad=None if pad is None else int(pad),
         batch=batch,
-        keep_scores=bool(as_dict and generation_config.output_scores),
-        keep_logits=bool(as_dict and generation_config.output_logits),
+        rule=rule_of(rule),
+        keep_scores=keep_scores,
+        keep_logits=keep_logits,
     )
-    stats = DecodeStats()
-    text = torch.cat([input_ids, input_ids.new_empty(batch, _ROOM)], dim=1)
-    drafters = [drafter_factory(row) for row in _prompts(input_ids, model_kwargs.get("attention_mask"))]
-    draft: list[list[int]] = [[] for _ in range(batch)]
+    stats, text = DecodeStats(), Text(input_ids, _ROOM)
+    request = Request(model, logits_processor, sample, frozenset(stopper.ends))
+    drafters = start(_prompts(input_ids, model_kwargs.get("attention_mask")), request)
+    drafts: list[Draft | None] = [NOTHING] * batch
+    drafting = 0.0
 
-    start = perf_counter()
+    began = perf_counter()
     outputs = model._prefill(
         input_ids, generation_config, model_kwargs, is_first_iteration=not generation_config.is_assistant
     )
-    cache = outputs.past_key_values
-    with _rollback(cache), model._optimize_model_for_decode():
-        while True:
-            drafted = len(draft[0])
-            new = verifier(text, length, draft, outputs.logits[:, -drafted - 1 :])
-            del outputs  # the logits of a step may be large
-            length += len(new)
-            cache.crop(len(new) - 1 - drafted)  # also with nothing to remove: sliding windows shrink here
-            stats.committed += len(new)
-            stats.forwards += 1
-            stats.accepted += len(new) - 1
-            now = perf_counter()
-            if stats.forwards == 1:
-                stats.prefill_seconds = now - start
-            else:
-                stats.verify_seconds += now - start
-            if streamer is not None:
-                for tokens in new:
-                    streamer.put(torch.tensor(tokens))
-            if verifier.finished:
-                break
+    runner = runner_of(model, outputs.past_key_values, model_kwargs, input_ids)
+    verifier.joint = batch == 1 or not (runner.free and one_by_one)
+    planner = Planner(free=runner.free and (batch == 1 or not verifier.joint))
+    logits: Sequence[Tensor] = outputs.logits[:, -1:]
+    try:
+        with model._optimize_model_for_decode():
+            while True:
+                verdicts = verifier(text, drafts, logits)
+                if stats.forwards:
+                    runner.commit([verdict.path for verdict in verdicts])
+                drafters.observe(drafts, logits)
+                del logits, outputs  # may be large
+                stats.committed = max(text.lengths) - input_ids.shape[1]
+                stats.forwards += 1
+                now = perf_counter()
+                if stats.forwards == 1:
+                    stats.prefill_seconds = now - began
+                else:
+                    stats.verify_seconds += now - began
+                    stats.note(drafts, verdicts)
+                    planner.note(drafts, sum(len(v.tokens) for v in verdicts), drafting, now - began)
+                    if on_step is not None:
+                        on_step(drafts, verdicts)
+                if streamer is not None:
+                    for tokens in zip(*(verdict.tokens for verdict in verdicts), strict=True):
+                        streamer.put(torch.tensor(tokens))
+                if verifier.finished:
+                    break
 
-            start = perf_counter()
-            model_kwargs = _grow(model, model_kwargs, len(new))
-            for drafter, row in zip(drafters, zip(*new, strict=True), strict=True):
-                drafter.extend(row)
-            draft = _draft(drafters, verifier, stopper.max_length - length - 1)
-            drafted = len(draft[0])
-            stats.drafts += drafted > 0
-            stats.drafted += drafted
-            now = perf_counter()
-            stats.draft_seconds += now - start
+                began = perf_counter()
+                drafters.extend([verdict.tokens for verdict in verdicts])
+                drafts = _draft(drafters, planner, verifier, text, stopper)
+                stats.drafts += any(draft is not None and len(draft) > 0 for draft in drafts)
+                now = perf_counter()
+                drafting = now - began
+                stats.draft_seconds += drafting
 
-            start = now
-            if text.shape[1] <= length + drafted:
-                text = torch.cat([text, text.new_empty(batch, text.shape[1] + drafted)], dim=1)
-            text[:, length : length + drafted] = torch.tensor(draft, dtype=text.dtype, device=text.device)
-            outputs = _forward(model, text[:, : length + drafted], drafted, model_kwargs)
+                began = now
+                last = [int(verdict.tokens[-1]) if verdict.tokens else 0 for verdict in verdicts]
+                outputs = logits = runner.forward(last, drafts)
+    finally:
+        runner.close()
 
     if streamer is not None:
         streamer.end()
     if on_done is not None:
         on_done(stats)
-    sequences = cast("LongTensor", text[:, :length].clone())
+    sequences = cast("LongTensor", text.all(verifier.pad or 0))
     if not as_dict:
         return sequences
     scores: Any = verifier.scores
-    logits: Any = verifier.logits
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits, past_key_values=cache)
+    raw: Any = verifier.logits
+    cache = model_kwargs["past_key_values"]
+    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=raw, past_key_values=cache)
 
 
-def _forward(model: Any, text: Tensor, drafted: int, model_kwargs: dict[str, Any]) -> Any:
-    """One forward of the last committed token and the draft that ends ``text``, with logits at each of them."""
-    kwargs = _grow(model, model_kwargs, drafted) if drafted else model_kwargs
-    inputs = model.prepare_inputs_for_generation(text, next_sequence_length=drafted + 1, **kwargs)
-    if "logits_to_keep" in inputs:
-        inputs["logits_to_keep"] = drafted + 1
-    return model(**inputs, return_dict=True)
-
-
-def _grow(model: Any, model_kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A copy with attention mask, position ids and token types that cover ``tokens`` more tokens."""
-    grown: dict[str, Any] = model._update_model_kwargs_for_generation(
-        {}, dict(model_kwargs), is_encoder_decoder=False, num_new_tokens=tokens
-    )
-    return grown
+def _draft(
+    drafters: Drafters, planner: Planner, verifier: Verifier, text: Text, stopper: Stopper
+) -> list[Draft | None]:
+    """What to verify next, row by row; None for rows that are done."""
+    limits = [
+        None if idle else stopper.max_length - length - 1
+        for idle, length in zip(verifier.idle, text.lengths, strict=True)
+    ]
+    if planner.rests():
+        return [None if limit is None else NOTHING for limit in limits]
+    proposed = [
+        None if limit is None else draft.within(max(limit, 0), stopper.ends)
+        for draft, limit in zip(drafters.propose(limits), limits, strict=True)
+    ]
+    return planner.cut(proposed)
 
 
 _ROOM = 512  # columns that the text buffer has in advance
@@ -192,27 +236,6 @@ def _refuse(model: Any, config: GenerationConfig, synced_gpus: bool, model_kwarg
         raise ThriftError("drafts need a key-value cache: leave out use_cache=False, and use a model that has a cache")
 
 
-@contextmanager
-def _rollback(cache: Any) -> Iterator[None]:
-    """Make ``cache.crop`` able to take drafted tokens back; afterwards the cache records as little as before.
-
-    Entered after the prefill: sliding windows then never keep more of the prompt than they must.
-    """
-    if isinstance(cache, QuantizedCache) or not cache.is_croppable:
-        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
-        raise ThriftError(
-            f"drafts need a cache that can be rolled back, this one ({kinds}) cannot: leave out cache_implementation, "
-            "or generate without the decode stage"
-        )
-    before = [(layer, layer.record_past) for layer in cache.layers if hasattr(layer, "record_past")]
-    cache.activate_past_recording()
-    try:
-        yield
-    finally:
-        for layer, record_past in before:
-            layer.record_past = record_past
-
-
 def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """The tokens of each row, padding left out."""
     rows: list[list[int]] = input_ids.tolist()
@@ -220,22 +243,3 @@ def _prompts(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
         return rows
     real = mask[:, -input_ids.shape[1] :].tolist()
     return [[t for t, m in zip(row, keep, strict=True) if m] for row, keep in zip(rows, real, strict=True)]
-
-
-def _draft(drafters: list[Drafter], verifier: Verifier, limit: int) -> list[list[int]]:
-    """The rows' drafts, cut to the shortest; rows that are done draft padding."""
-    rows: list[list[int] | None] = []
-    for drafter, idle in zip(drafters, verifier.idle, strict=True):
-        row = None if idle else _cut(drafter.propose(limit), limit, verifier.stopper.eos) if limit > 0 else []
-        if row == []:  # one row without a draft stops them all
-            return [[] for _ in drafters]
-        rows.append(row)
-    width = min(len(row) for row in rows if row is not None)
-    return [[verifier.pad or 0] * width if row is None else row[:width] for row in rows]
-
-
-def _cut(draft: list[int], limit: int, eos: set[int]) -> list[int]:
-    """At most ``limit`` tokens, and none after an end of sequence."""
-    draft = draft[:limit]
-    end = next((i for i, t in enumerate(draft) if t in eos), len(draft))
-    return draft[: end + 1]

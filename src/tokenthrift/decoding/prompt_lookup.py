@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..core.errors import ThriftError
 from ..core.method import method
+from .protocols import Request
 
 _RATE = 1 / 8  # how fast the measured trust follows
 _MULTIPLIER, _MASK = 0x1F3A_8B2D_6E49_C75B, (1 << 61) - 1  # of the rolling hash; any large odd number will do
@@ -65,7 +66,7 @@ class PromptLookup:
         if not 0 < self.cost < 1:
             raise ThriftError(f"prompt_lookup needs a cost in (0, 1), as a share of a forward, not {self.cost!r}")
 
-    def start(self, tokens: Sequence[int]) -> PromptLookupDrafter:
+    def start(self, tokens: Sequence[int], request: Request | None = None) -> PromptLookupDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
         return PromptLookupDrafter(self, tokens)
 

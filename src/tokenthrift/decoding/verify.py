@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import logits_process
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from .draft import ROOT, Draft
+from .rules import Rule, sample
+
+BY_ROW = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+        "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "RepetitionPenaltyLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor",
+        "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "SuppressTokensLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty", "LogitNormalization",
+    )
+    if hasattr(logits_process, name)
+)  # fmt: skip
+"""Logits processors that do to a row of a batch what they would do to it alone, and keep no state."""
 
 
 class Stopper:
@@ -20,10 +46,15 @@ class Stopper:
     def __init__(self, criteria: StoppingCriteriaList, max_length: int) -> None:
         self.max_length = min([c.max_length for c in criteria if type(c) is MaxLengthCriteria] + [max_length])
         eos = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
-        self.eos: set[int] = {int(t) for ids in eos for t in torch.as_tensor(ids).flatten().tolist()}
+        self.ends: set[int] = {int(t) for ids in eos for t in torch.as_tensor(ids).flatten().tolist()}
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         """Whether rows that are done get padding, which is when transformers pads them."""
         self._others = StoppingCriteriaList(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows may be asked about one by one, at lengths of their own."""
+        return all(type(c) in (StopStringCriteria, MaxTimeCriteria) for c in self._others)
 
     @property
     def reads_tensors(self) -> bool:
@@ -37,21 +68,78 @@ class Stopper:
         """
         if length >= self.max_length:
             return [True] * len(tokens)
-        done = [t in self.eos for t in tokens]
+        done = [t in self.ends for t in tokens]
         if self._others:
             other: list[bool] = self._others(ids, scores).tolist()
             done = [a or b for a, b in zip(done, other, strict=True)]
         return done
 
 
-class Verifier:
-    """Exact verification of a chain by one rule: take the model's own token at every position, as plain decoding does.
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors for a row alone: those that hold something for each row of the batch get theirs."""
+    mine = LogitsProcessorList()
+    for processor in processors:
+        lengths = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(lengths, Tensor) and len(lengths) > 1:
+            processor = copy(processor)
+            processor.prompt_ignore_length = lengths[row : row + 1]
+        mine.append(processor)
+    return mine
 
-    The draft is only compared with it. Greedy: the token is the argmax, and the output equals plain greedy decoding.
-    Sampling: the token is drawn from ``p``, so draft token ``x`` is accepted with probability ``p(x)``, and the law of
-    the output is that of plain sampling. Logits processors, the random generator and the stopping criteria are called
-    once per committed token and in the same order as in plain decoding, with the committed tokens only: with the same
-    seed even sampled tokens are the same, and processors with a state work.
+
+class Text:
+    """The tokens of a batch, rows of different lengths in one buffer.
+
+    Attributes:
+        ids: ``(batch, columns)`` int64, of each row the first :attr:`lengths` columns.
+        lengths: prompt with its padding, and committed tokens.
+    """
+
+    def __init__(self, input_ids: Tensor, room: int) -> None:
+        batch, length = input_ids.shape
+        self.ids = torch.cat([input_ids, input_ids.new_zeros(batch, room)], dim=1)
+        self.lengths = [length] * batch
+
+    def append(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Add a token to each of these rows."""
+        longest = max(self.lengths[row] for row in rows)
+        if longest == self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, longest + 1))
+        for row, token in zip(rows, tokens, strict=True):
+            self.ids[row, self.lengths[row]] = token
+            self.lengths[row] += 1
+
+    def all(self, pad: int) -> Tensor:
+        """``(batch, longest)``, shorter rows padded on the right."""
+        ids = self.ids[:, : max(self.lengths)].clone()
+        for row, length in enumerate(self.lengths):
+            ids[row, length:] = pad
+        return ids
+
+    def of(self, rows: Sequence[int]) -> Tensor:
+        """``(rows, length)``: rows of one length; a view."""
+        end = self.lengths[rows[0]]
+        return self.ids[:, :end] if len(rows) == len(self.lengths) else self.ids[rows[0] : rows[0] + 1, :end]
+
+
+@dataclass
+class Verdict:
+    """Of one row: the tokens committed, and the nodes of the draft that stand. The last token may be no node."""
+
+    tokens: list[int] = field(default_factory=list)
+    path: list[int] = field(default_factory=list)
+
+
+class Verifier:
+    """Walks down a draft with the model's own choice at every node, as plain decoding makes it.
+
+    Greedy: the choice is the argmax, and the output equals plain greedy decoding. Sampling: the choice follows the
+    model's law by a :mod:`rule <tokenthrift.decoding.rules>`. Logits processors, the random generator and the stopping
+    criteria are called once per committed token and in the same order as in plain decoding, with committed tokens only:
+    with the default rule and the same seed even sampled tokens are the same, and processors with a state work.
+
+    Rows of a batch go their own ways, unless ``joint``: then they move one token at a time together, as far as all
+    accept, and processors and criteria get the batch, as in plain decoding.
     """
 
     def __init__(
@@ -62,17 +150,18 @@ class Verifier:
         sample: bool,
         pad: int | None,
         batch: int,
+        joint: bool = True,
+        rule: Rule = sample,
         keep_scores: bool = False,
         keep_logits: bool = False,
     ) -> None:
-        self.stopper = stopper
-        self.sample = sample
-        self.processors = processors
+        self.stopper, self.processors, self.rule = stopper, processors, rule
+        self.sample, self.joint = sample, joint
         self.pad = pad if stopper.pads else None
         self.done = [False] * batch
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
-        # Then the argmax of all positions can be taken, and brought to the host, at once.
+        # Then the argmax of all nodes can be taken, and brought to the host, at once.
         self._at_once = not (sample or len(processors) or stopper.reads_tensors or keep_scores or keep_logits)
 
     @property
@@ -83,53 +172,99 @@ class Verifier:
     @property
     def idle(self) -> list[bool]:
         """Per row, whether it only gets padding from now on."""
-        return [done and self.pad is not None for done in self.done]
+        return [done and (self.pad is not None or not self.joint) for done in self.done]
 
-    def __call__(self, text: Tensor, length: int, draft: list[list[int]], logits: Tensor) -> list[list[int]]:
-        """Commit tokens up to the first that a row's draft missed, or that ends the generation.
+    def __call__(self, text: Text, drafts: Sequence[Draft | None], logits: Sequence[Tensor]) -> list[Verdict]:
+        """Commit to ``text``, down to the first node that the model did not choose, or that ends the generation.
 
         Args:
-            text: ``(batch, more than length + drafted)`` int64; the first ``length`` columns are committed, the next
-                ``drafted`` are the draft. The column after the accepted ones is overwritten with the token that is
-                committed instead.
-            length: committed tokens per row.
-            draft: ``batch`` lists of equally many drafted tokens.
-            logits: ``(batch, drafted + 1, vocabulary)``, at the last committed token and every drafted one.
+            drafts: row by row; None for idle rows.
+            logits: row by row ``(nodes + 1, vocabulary)``, at the last committed token and every node.
 
         Returns:
-            For every newly committed position, at least one and at most ``drafted + 1``, the token of each row.
+            Row by row at least one token; none for idle rows that do not move with the others.
         """
-        drafted = len(draft[0])
-        picks = logits.argmax(-1).tolist() if self._at_once else None
-        committed: list[list[int]] = []
-        for i in range(drafted + 1):
-            if picks is not None:
-                tokens = [row[i] for row in picks]
-            else:
-                tokens = self._pick(text[:, : length + i], logits[:, i])
-            if self.pad is not None:
-                tokens = [self.pad if idle else t for t, idle in zip(tokens, self.done, strict=True)]
-            committed.append(tokens)
-            agree = i < drafted and all(row[i] == t for row, t in zip(draft, tokens, strict=True))
-            if not agree:
-                text[:, length + i] = torch.tensor(tokens, device=text.device)
-            now = self.stopper(tokens, text[:, : length + i + 1], length + i + 1, self.scores)
-            self.done = [a or b for a, b in zip(self.done, now, strict=True)]
-            if self.finished or not agree:
-                break
-        return committed
+        verdicts = [Verdict() for _ in drafts]
+        picks = None
+        if self._at_once:
+            widths = [len(rows) for rows in logits]
+            picks = [row.tolist() for row in torch.cat(list(logits)).argmax(-1).cpu().split(widths)]
+        groups = [list(range(len(drafts)))] if self.joint else [[b] for b, d in enumerate(drafts) if d is not None]
+        for rows in groups:
+            self._walk(rows, text, drafts, logits, picks, verdicts)
+        return verdicts
 
-    def _pick(self, ids: Any, logits: Tensor) -> list[int]:
-        """The model's token for each row after ``ids``: argmax, or a draw."""
-        raw = logits.to(device=ids.device, dtype=torch.float32, copy=True)
-        scores = self.processors(ids, raw)
+    def _walk(
+        self,
+        rows: list[int],
+        text: Text,
+        drafts: Sequence[Draft | None],
+        logits: Sequence[Tensor],
+        picks: list[list[int]] | None,
+        verdicts: list[Verdict],
+    ) -> None:
+        nodes, pad = [ROOT] * len(rows), self.pad or 0
+        while True:
+            idle = [self.idle[row] for row in rows]
+            if picks is not None:
+                tokens = [
+                    pad if still else picks[row][node + 1] for row, node, still in zip(rows, nodes, idle, strict=True)
+                ]
+            else:
+                tokens = self._choose(rows, text, drafts, nodes, logits)
+                tokens = [pad if still else t for t, still in zip(tokens, idle, strict=True)]
+            text.append(rows, tokens)
+            ids = text.of(rows) if self.stopper.reads_tensors else None
+            now = self.stopper(tokens, ids, text.lengths[rows[0]], self.scores)
+            agree = True
+            for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                verdicts[row].tokens.append(token)
+                self.done[row] = self.done[row] or now[i]
+                draft = drafts[row]
+                if draft is None or idle[i]:
+                    verdicts[row].path.append(nodes[i] + 1)  # goes along with the others
+                    nodes[i] += 1
+                    continue
+                child = draft.child(nodes[i], token)
+                agree = agree and child is not None
+                if child is not None:
+                    nodes[i] = child
+                    verdicts[row].path.append(child)
+            if not agree or all(self.done[row] for row in rows):
+                break
+        shared = len(verdicts[rows[0]].tokens) - 1  # the last token is committed, but not yet in the cache
+        for row in rows:
+            del verdicts[row].path[shared:]
+
+    def _choose(
+        self,
+        rows: list[int],
+        text: Text,
+        drafts: Sequence[Draft | None],
+        nodes: list[int],
+        logits: Sequence[Tensor],
+    ) -> list[int]:
+        """The model's token for each row: argmax, or by the rule. Idle rows get any."""
+        ids = text.of(rows)
+        some = next(logits[row][0] for row in rows if len(logits[row]))
+        at = [
+            logits[row][node + 1] if node + 1 < len(logits[row]) else some
+            for row, node in zip(rows, nodes, strict=True)
+        ]
+        raw = torch.stack(at).to(device=ids.device, dtype=torch.float32, copy=True)
+        processors = self.processors if len(rows) == len(self.done) else of_row(self.processors, rows[0])
+        scores: Tensor = processors(ids, raw)  # type: ignore[arg-type]
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (raw,)
-        if self.sample:
-            chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            chosen = scores.argmax(-1)
-        tokens: list[int] = chosen.tolist()
+        if not self.sample:
+            return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
+        laws = scores.softmax(-1)
+        if self.rule is sample:
+            return torch.multinomial(laws, num_samples=1).squeeze(1).tolist()  # type: ignore[no-any-return]
+        tokens = []
+        for row, node, law in zip(rows, nodes, laws, strict=True):
+            draft = drafts[row] or Draft()
+            tokens.append(self.rule(law, list(draft.children.get(node, ())), draft.drawn.get(node)))
         return tokens

@@ -56,6 +56,11 @@ _watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
 _replaced: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a session answers this module's attention calls."""
+    return module in _replaced
+
+
 def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Watcher], undo: ExitStack) -> None:
     """Put a watcher on every module's attention calls until ``undo`` closes.
 

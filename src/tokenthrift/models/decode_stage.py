@@ -12,6 +12,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..decoding.engine import DecodeStats, speculate
+from ..decoding.protocols import each_row
 
 _MARK = "_tokenthrift_decode"
 
@@ -50,7 +51,8 @@ def install_decode(adapter: Any, method: Any, session: Session, undo: ExitStack)
         # generate hands a custom function no streamer, so it is bound here; generate itself streams the prompt.
         call.arguments["custom_generate"] = partial(
             speculate,
-            drafter_factory=method.start,
+            start=getattr(method, "start_batch", None) or each_row(method.start),
+            rule=getattr(method, "rule", "sample"),
             streamer=given.get("streamer"),
             on_done=partial(_record, session),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ class ReducedLayer(DynamicLayer):
             self.real = torch.nn.functional.pad(self.real, (0, new), value=True)
         self.seen += new
         return super().update(key_states, value_states)
+
+    def take(self, keys: Tensor, values: Tensor, grown: Sequence[int]) -> None:
+        """Hold these instead: what was there, then new tokens, ``grown`` of them row by row."""
+        new = keys.shape[-2] - self.keys.shape[-2]
+        if self.real is not None or min(grown) < new:
+            real = torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device) if self.real is None else self.real
+            self.real = torch.nn.functional.pad(real[..., : self.keys.shape[-2]], (0, new))
+            for row, count in enumerate(grown):
+                self.real[row, :, self.keys.shape[-2] :][:, :count] = True
+        self.keys, self.values = keys, values
+        self.seen += new
 
     def get_seq_length(self) -> int:
         return self.seen if self.is_initialized else 0

@@ -1,0 +1,313 @@
+"""One forward for rows of different lengths and for trees: all new tokens packed into one row, each row's own cache.
+
+The new tokens of every row of a batch go through the model as one sequence ``(1, tokens)``, so that only tokens that
+are there cost anything. Keys and values live in buffers ``(batch, kv_heads, columns, dim)`` with room to grow, in which
+rows may end at different columns. Only attention knows of rows: it runs on the buffers with a mask, in which a token
+sees its row's past and its own ancestors in the draft.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..decoding.draft import Draft
+from .attention import BASES, PREFIX, is_replaced
+from .kv import ReducedLayer
+
+ROOM = 256
+"""Columns by which a buffer that is full grows at least."""
+
+
+class Step:
+    """What is fed in one forward: of each row its last committed token, then its draft.
+
+    Attributes:
+        widths: tokens of each row; 0 for rows that are done.
+        rows, offsets: ``(tokens,)`` int64, the row of every packed token and its place among those of its row.
+        masks: masks that layers of one kind share, made at first use.
+    """
+
+    def __init__(self, drafts: Sequence[Draft | None], device: torch.device) -> None:
+        self.drafts = drafts
+        self.widths = [0 if draft is None else len(draft) + 1 for draft in drafts]
+        self.device = device
+        self.masks: dict[tuple[int, int | None, bool], Tensor | None] = {}
+        if len(drafts) > 1:
+            widths = torch.tensor(self.widths)
+            self.rows = torch.arange(len(drafts)).repeat_interleave(widths).to(device)
+            starts = widths.cumsum(0) - widths
+            self.offsets = (torch.arange(int(widths.sum())) - starts.repeat_interleave(widths)).to(device)
+
+    @property
+    def depths(self) -> list[int]:
+        """Of every packed token, below its row's last committed one."""
+        return [d for draft in self.drafts if draft is not None for d in (0, *draft.depths)]
+
+
+class Packing:
+    """How far each row has come, for all layers.
+
+    Attributes:
+        seen: columns of the text when packing began, padding included.
+        lengths: real tokens of each row then.
+        grown: tokens committed to the cache since, row by row.
+        real: ``(batch, seen)`` bool, false for padding; None where there is none.
+    """
+
+    def __init__(self, batch: int, seen: int, real: Tensor | None) -> None:
+        self.seen, self.real = seen, real
+        self.lengths: list[int] = [seen] * batch if real is None else real.sum(1).tolist()
+        self.grown = [0] * batch
+        self.step: Step
+
+    def positions(self) -> list[int]:
+        """Of the packed tokens, each in its own row's text."""
+        starts = [n + g for n, g, w in zip(self.lengths, self.grown, self.step.widths, strict=True) for _ in range(w)]
+        return [start + depth for start, depth in zip(starts, self.step.depths, strict=True)]
+
+    def mask(self, base: int, window: int | None, reduced: bool) -> Tensor | None:
+        """``(batch, 1, widest row, columns)`` bool for a layer that held ``base`` columns; None: all is seen.
+
+        Of the columns that a reduced layer held, all count as seen here.
+        """
+        masks, key = self.step.masks, (base, window, reduced)
+        if key not in masks:
+            held = None if reduced or self.real is None else self.real[:, self.seen - base :].cpu()
+            masks[key] = self._mask(base, window, None if held is None or bool(held.all()) else held)
+        return masks[key]
+
+    def _mask(self, base: int, window: int | None, held: Tensor | None) -> Tensor | None:
+        step, grown = self.step, self.grown
+        width, columns = max(step.widths), base + max(g + w for g, w in zip(grown, step.widths, strict=True))
+        if len(grown) == 1 and window is None and held is None and width == 1:
+            return None
+        mask = torch.zeros(len(grown), 1, width, columns, dtype=torch.bool)
+        places = torch.zeros(len(grown), columns, dtype=torch.long)
+        for b, (draft, n, g, w) in enumerate(zip(step.drafts, self.lengths, grown, step.widths, strict=True)):
+            mask[b, 0, :, :base] = True if held is None else held[b]
+            mask[b, 0, :, base : base + g] = True
+            if draft is None:
+                continue
+            new = slice(base + g, base + g + w)
+            mask[b, 0, :w, new] = draft.ancestors()
+            if window is not None:
+                past = torch.ones(base, dtype=torch.long) if held is None else held[b].long()
+                places[b, :base] = n - past.flip(0).cumsum(0).flip(0)
+                places[b, base : base + g] = n + torch.arange(g)
+                places[b, new] = n + g + torch.tensor([0, *draft.depths])
+                mask[b, 0, :w] &= places[b, new, None] - places[b] < window
+        return mask.to(step.device)
+
+
+class PackedLayer(CacheLayerMixin):
+    """The keys and values of one layer in buffers with room; see the module."""
+
+    is_croppable = False
+
+    def __init__(self, layer: DynamicLayer, packing: Packing) -> None:
+        super().__init__()
+        self.layer, self.packing = layer, packing
+        self.base = int(layer.keys.shape[-2])  # type: ignore[union-attr]
+        self.window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        self.is_sliding = self.window is not None
+        if self.window is not None and hasattr(layer, "sliding_window"):
+            self.sliding_window = self.window
+        self.keys, self.values = layer.keys, layer.values
+        self.dtype, self.device = layer.dtype, layer.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a packed layer begins with what another layer holds")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put ``(1, kv_heads, tokens, dim)`` where they belong; returns all columns in use."""
+        packing, step = self.packing, self.packing.step
+        columns = self.base + max(g + w for g, w in zip(packing.grown, step.widths, strict=True))
+        self._make_room(columns)
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            assert buffer is not None
+            if len(packing.grown) == 1:
+                buffer[:, :, columns - step.widths[0] : columns] = new
+            else:
+                starts = torch.tensor([self.base + g for g in packing.grown], device=buffer.device)
+                buffer[step.rows, :, starts[step.rows] + step.offsets] = new[0].transpose(0, 1)
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, :columns], self.values[:, :, :columns]
+
+    def mask(self, heads: int) -> Tensor | None:
+        """Of this step: ``(batch, 1 or heads, widest row, columns)`` bool, or None if everything is seen."""
+        plain = self.packing.mask(self.base, self.window, isinstance(self.layer, ReducedLayer))
+        real = getattr(self.layer, "real", None)
+        if real is None:
+            return plain
+        if plain is None:
+            assert self.keys is not None
+            plain = torch.ones(1, 1, 1, self.base + self.packing.grown[0] + 1, dtype=torch.bool, device=real.device)
+        seen = functional.pad(real, (0, plain.shape[-1] - self.base), value=True)
+        return plain & seen.repeat_interleave(heads // seen.shape[1], dim=1).unsqueeze(2)
+
+    def _make_room(self, columns: int) -> None:
+        assert self.keys is not None and self.values is not None
+        if columns > self.keys.shape[-2]:
+            room = max(ROOM, columns // 4) + columns - self.keys.shape[-2]
+            self.keys, self.values = (functional.pad(t, (0, 0, 0, room)) for t in (self.keys, self.values))
+            # The layer's own tensors are not needed beside them.
+            self.layer.keys, self.layer.values = (t[:, :, : self.base] for t in (self.keys, self.values))
+
+    def keep(self, row: int, nodes: Sequence[int]) -> None:
+        """Close up: of a row's new tokens keep the first and these nodes of its draft."""
+        if list(nodes) == list(range(len(nodes))):
+            return
+        start = self.base + self.packing.grown[row] + 1
+        for buffer in (self.keys, self.values):
+            assert buffer is not None
+            kept = buffer[row][:, [start + node for node in nodes]]
+            buffer[row, :, start : start + len(nodes)] = kept
+
+    def give_back(self) -> None:
+        """Hand what is committed to the layer that this one stands for."""
+        grown, layer = self.packing.grown, self.layer
+        columns = self.base + max(grown)
+        keys, values = (t[:, :, :columns] for t in (self.keys, self.values))  # type: ignore[index]
+        for row, g in enumerate(grown):  # behind shorter rows only drafts were
+            keys[row, :, self.base + g :] = 0
+            values[row, :, self.base + g :] = 0
+        if self.window is not None:
+            keys, values = (t[:, :, -self.window + 1 :] for t in (keys, values))
+            layer.cumulative_length += max(grown)  # type: ignore[attr-defined]
+        if isinstance(layer, ReducedLayer):
+            layer.take(keys, values, grown)
+        layer.keys, layer.values = keys, values
+        self.keys = self.values = None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = self.base + max(self.packing.grown)
+        return stored + query_length, self.get_seq_length() - stored
+
+    def get_seq_length(self) -> int:
+        return self.packing.seen + max(self.packing.grown)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PackedCache(Cache):
+    """A cache of packed layers in place of another cache, until :meth:`give_back`."""
+
+    def __init__(self, cache: Cache, real: Tensor | None) -> None:
+        keys = cache.layers[0].keys
+        assert keys is not None
+        self.packing = Packing(keys.shape[0], int(cache.get_seq_length()), real)
+        self.packed = [PackedLayer(layer, self.packing) for layer in cache.layers]
+        super().__init__(layers=list(self.packed))
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit, row by row, the fed token and these nodes; rows that fed nothing have nothing."""
+        for row, (nodes, width) in enumerate(zip(paths, self.packing.step.widths, strict=True)):
+            if width:
+                for layer in self.packed:
+                    layer.keep(row, nodes)
+        for row, (nodes, width) in enumerate(zip(paths, self.packing.step.widths, strict=True)):
+            self.packing.grown[row] += (len(nodes) + 1) if width else 0
+
+    def give_back(self) -> None:
+        """Make the cache that this one stands for hold what is committed. Columns stay those of the text."""
+        for layer in self.packed:
+            layer.give_back()
+
+
+def can_pack(modules: Sequence[nn.Module], cache: Any) -> bool:
+    """Whether attention modules can read packed rows, and their cache can be taken over.
+
+    They cannot where the attention function takes no mask, where tokens have several positions (images), where another
+    session answers the attention calls, and where a layer is of a kind of its own.
+    """
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, ReducedLayer)
+    return len(modules) == len(cache.layers) > 0 and all(
+        type(layer) in kinds
+        and layer.is_initialized
+        and not is_replaced(module)
+        and str(module.config._attn_implementation).removeprefix(PREFIX) in BASES  # type: ignore[union-attr]
+        and "mrope_section" not in str(getattr(module.config, "rope_parameters", None))
+        for module, layer in zip(modules, cache.layers, strict=True)
+    )
+
+
+# ---- attention over packed rows -------------------------------------------------------------------------------------
+
+_current: ContextVar[PackedCache] = ContextVar("packed cache")
+
+
+@contextmanager
+def packed_attention(modules: Sequence[nn.Module], cache: PackedCache) -> Iterator[None]:
+    """While this is entered, the modules' attention runs on the rows of ``cache``."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    token = _current.set(cache)
+    try:
+        for key, config in configs.items():
+            config._attn_implementation_internal = _register(before[key].removeprefix(PREFIX))
+        yield
+    finally:
+        _current.reset(token)
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def _register(base: str) -> str:
+    name = f"{PREFIX}packed_{base}"
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # the cache makes the masks
+        AttentionInterface.register(name, _attention_over(base))
+    return name
+
+
+def _attention_over(base: str) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        cache = _current.get()
+        layer, step = cache.packed[module.layer_idx], cache.packing.step  # type: ignore[index]
+        mask = layer.mask(query.shape[1])
+        if len(step.widths) == 1:
+            return _attend(base, module, query, key, value, mask, kwargs), None
+        rows = query.new_zeros(len(step.widths), max(step.widths), query.shape[1], query.shape[-1])
+        rows[step.rows, step.offsets] = query[0].transpose(0, 1)
+        out = _attend(base, module, rows.transpose(1, 2), key, value, mask, kwargs)
+        return out[step.rows, step.offsets].unsqueeze(0), None
+
+    return attention
+
+
+def _attend(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    """``(batch, tokens, heads, dim)``."""
+    shared = query.shape[1] // key.shape[1]
+    exotic = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    if base == "sdpa" and not exotic and (mask is None or mask.shape[1] == 1):
+        # The query heads that share a key head as further queries of it: keys and values are not copied.
+        batch, heads, width, dim = query.shape
+        grouped = query.reshape(batch, heads // shared, shared * width, dim)
+        if mask is not None and shared > 1:
+            mask = mask.expand(batch, 1, width, -1).repeat(1, 1, shared, 1)
+        out = functional.scaled_dot_product_attention(grouped, key, value, mask, scale=kwargs.get("scaling"))
+        return out.reshape(batch, heads, width, -1).transpose(1, 2)
+    if mask is not None and base == "eager":
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    run: Any = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
+    kwargs = {**kwargs, "is_causal": False}
+    attended: Tensor = run(module, query, key, value, mask, **kwargs)[0]
+    return attended
