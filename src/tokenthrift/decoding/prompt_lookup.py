@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
+from operator import mul
 
 from ..core.errors import ThriftError
 from ..core.method import method
+from .draft import NOTHING, Draft
 from .protocols import Request
 
 _RATE = 1 / 8  # how fast the measured trust follows
 _MULTIPLIER, _MASK = 0x1F3A_8B2D_6E49_C75B, (1 << 61) - 1  # of the rolling hash; any large odd number will do
-_SURE = 0.995  # trust never exceeds this, so that lengths stay finite
+_SURE = 0.995  # trust never exceeds this
+_HOPELESS = 0.01  # guesses with a smaller chance are not made
 
 
 @method(
@@ -32,11 +35,9 @@ class PromptLookup:
         match: ``"latest"`` copies from the most recent occurrence; ``"earliest"`` from the first, as transformers does.
         overlap: when the copy reaches the end of the text, go on with the draft itself, as LZ77 does, so that a loop of
             any period is drafted in full; False stops there, as transformers does.
-        adaptive: shorten drafts to what acceptance so far makes worthwhile. For each n-gram length, the share of right
-            next-token guesses is tracked, also while nothing is drafted (which costs no forward); a draft token stays
-            while the chance that all before it and itself are right is at least ``cost``. False always drafts in full.
-        cost: cost of verifying one more token, as a share of a one-token forward; used when adaptive. The default suits
-            a CPU, where a second token costs about 0.2 and further ones less; on a GPU at batch 1 it is nearly 0.
+        adaptive: give every guess its chance, so that only what pays on this machine is verified. For each n-gram
+            length, the share of right next-token guesses is tracked, also while nothing is drafted (which costs no
+            forward). False always drafts in full.
 
     With default parameters a text of n tokens takes about 0.7 kB of index a token.
 
@@ -54,7 +55,6 @@ class PromptLookup:
     match: str = "latest"
     overlap: bool = True
     adaptive: bool = True
-    cost: float = 0.15
 
     def __post_init__(self) -> None:
         for name in ("ngram", "draft"):
@@ -63,8 +63,6 @@ class PromptLookup:
                 raise ThriftError(f"prompt_lookup needs {name} as a whole number of at least 1, not {value!r}")
         if self.match not in ("latest", "earliest"):
             raise ThriftError(f"prompt_lookup matches the 'latest' or the 'earliest' occurrence, not {self.match!r}")
-        if not 0 < self.cost < 1:
-            raise ThriftError(f"prompt_lookup needs a cost in (0, 1), as a share of a forward, not {self.cost!r}")
 
     def start(self, tokens: Sequence[int], request: Request | None = None) -> PromptLookupDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
@@ -72,7 +70,7 @@ class PromptLookup:
 
     def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
         """At most ``limit`` guesses at what follows ``tokens``, without state: for a single look."""
-        return self.start(tokens).propose(limit)
+        return list(self.start(tokens).propose(limit).tokens)
 
 
 class PromptLookupDrafter:
@@ -98,19 +96,27 @@ class PromptLookupDrafter:
                 self._trust[n - 1] += _RATE * ((self.tokens[at] == token) - self._trust[n - 1])
             self._append((token,))
 
-    def propose(self, limit: int) -> list[int]:
+    def propose(self, limit: int) -> Draft:
         """At most ``min(limit, draft)`` tokens, copied from after the longest n-gram that occurred before."""
         found = self._find()
         if not found:
-            return []
+            return NOTHING
         n, at = found
-        length = max(min(limit, self.method.draft, self._worthwhile(n)), 0)
+        chances = self._chances(n) if self.method.adaptive else None
+        length = max(min(limit, self.method.draft if chances is None else len(chances)), 0)
         draft = self.tokens[at : at + length]
         if self.method.overlap:
             period = len(self.tokens) - at
             while len(draft) < length:
                 draft.append(draft[-period])
-        return draft
+        return Draft.chain(draft, None if chances is None else chances[: len(draft)], "lookup")
+
+    def _chances(self, n: int) -> list[float]:
+        """Of the guesses after a match of ``n`` tokens: each that is right makes the match a token longer."""
+        trust = [min(t, _SURE) for t in self._trust[n - 1 :]]
+        trust += trust[-1:] * (self.method.draft - len(trust))
+        chances = accumulate(trust[: self.method.draft], mul)
+        return list(takewhile(lambda chance: chance >= _HOPELESS, chances))
 
     def _find(self) -> tuple[int, int] | None:
         """The longest matching n and the position to copy from."""
@@ -119,12 +125,6 @@ class PromptLookupDrafter:
             if at is not None:
                 return n, at
         return None
-
-    def _worthwhile(self, n: int) -> int:
-        """How many tokens to draft after a match of ``n``: those whose chance to be accepted is at least the cost."""
-        if not self.method.adaptive:
-            return self.method.draft
-        return int(math.log(self.method.cost) / math.log(min(max(self._trust[n - 1], 1e-9), _SURE)))
 
     def _append(self, tokens: Sequence[int]) -> None:
         # An n-gram enters the index when the token after it is known, so the text's own end never matches itself.
