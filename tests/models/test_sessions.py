@@ -60,13 +60,13 @@ def test_threads_do_not_meet(encoder, plan):
             errors.append(error)
             together.abort()
 
-    with tt.apply(plan, model):
+    with tt.apply(plan, model) as session:
         workers = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        assert not errors
+        assert not errors and session.report().stages["vision"].calls == 20
         for (seed, _), out in outputs.items():
             assert torch.equal(out, run(model, seed))
 

@@ -85,7 +85,7 @@ class _Runtime:
             raise ThriftError(f"{type(self.encoder).__name__} has no MLP module to merge around: leave out on='mlp'")
         self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
         self.inside = adapter.encoder is not adapter.model
-        self._running = threading.local()
+        self._running, self._writing = threading.local(), threading.Lock()
         self.identifiers: IdentifierSegments | None = None
         attention_parts = [part(layer, self.family.attention.split(".")[0]) for layer in self.layers]
         of_attention = [linear_flops(a) for a in attention_parts]
@@ -246,21 +246,22 @@ class _Runtime:
     def write(self, now: Forward) -> None:
         """Tell the session what happened."""
         device = next(self.encoder.parameters()).device
-        self.session.start_maps("vision")
-        before = now.batch * now.tokens if now.given is None else int(now.given.sum())
-        left = before if not now.maps else int(now.maps[-1].mask.sum())
-        if now.around:  # each layer's own, as they are in a cache; the stream keeps its length
-            for layer, map in now.around.items():
-                self.session.add_map("vision", map, layer)
-            left = sum(int(map.mask.sum()) for map in now.around.values())
-            left += before * (len(now.widths) - len(now.around))
-            before *= len(now.widths)
-        else:
-            for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
-                self.session.add_map("vision", map)
-        self.session.record("vision", before=before, after=left, seconds=now.seconds)
-        dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
-        self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
+        with self._writing:  # one forward after the other
+            self.session.start_maps("vision")
+            before = now.batch * now.tokens if now.given is None else int(now.given.sum())
+            left = before if not now.maps else int(now.maps[-1].mask.sum())
+            if now.around:  # each layer's own, as they are in a cache; the stream keeps its length
+                for layer, map in now.around.items():
+                    self.session.add_map("vision", map, layer)
+                left = sum(int(map.mask.sum()) for map in now.around.values())
+                left += before * (len(now.widths) - len(now.around))
+                before *= len(now.widths)
+            else:
+                for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
+                    self.session.add_map("vision", map)
+            self.session.record("vision", before=before, after=left, seconds=now.seconds)
+            dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
+            self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
 
     def flops(self, now: Forward, widths: list[tuple[int, int, int]], frames: int = 1) -> int:
         """Of the patch embedding and the layers; see :attr:`Forward.widths`. A joined row was ``frames`` rows."""
