@@ -197,3 +197,8 @@ def test_a_family_with_a_missing_dependency_does_not_vanish(monkeypatch, tmp_pat
     monkeypatch.setattr(registry, "FAMILIES", ("toybroken",))
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
         methods()
+
+
+def test_numbers_that_no_tensor_can_hold_are_refused():
+    with pytest.raises(ThriftError, match="window 'size' has more than 64 bits"):
+        find("window").make(size=2**63)

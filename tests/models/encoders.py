@@ -68,11 +68,12 @@ class TimmBlock(nn.Module):
     def __init__(self, dim, heads, qk_norm=False):
         super().__init__()
         self.norm1, self.norm2, self.attn = nn.LayerNorm(dim), nn.LayerNorm(dim), TimmAttention(dim, heads, qk_norm)
+        self.ls1, self.ls2 = nn.Identity(), nn.Identity()
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, x, attn_mask=None):
-        x = x + self.attn(self.norm1(x), attn_mask=attn_mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

@@ -32,7 +32,22 @@ def test_schedules_are_the_official_ones(case, layers, r):
 
 def test_a_ramp_over_one_layer_and_a_list_that_is_too_long():
     assert parse_r((8, -1.0), 1) == [16]
-    assert parse_r([3, 2, 1], 2) == [3, 2]
+    assert parse_r([3, 2, 0, 0], 2) == [3, 2]
+    with pytest.raises(ThriftError, match=r"3 layers, but only 2 can remove tokens: shorten"):
+        parse_r([3, 2, 1], 2)
+
+
+@pytest.mark.parametrize("r", [2**63, (10**400, 0.5), [10**30]])
+def test_numbers_that_no_tensor_can_hold(r):
+    with pytest.raises(ThriftError, match="no number of tokens"):
+        check_removal("tome", 0.5, r, 0.5)
+
+
+def test_a_file_nested_too_deep_is_refused(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ThriftError, match="holds no JSON"):
+        check_removal("tome", 0.5, str(path), 0.5)
 
 
 @pytest.mark.parametrize("held", [[4, 4, 2], {"r": [4, 4, 2]}])

@@ -192,3 +192,12 @@ def test_bad_parameters_say_what_to_write(wrong, say):
 def test_plans_print_back_the_same(call):
     plan = Plan.parse(f"vision={call}")
     assert Plan.parse(str(plan)) == plan == Plan.from_yaml(plan.to_yaml())
+
+
+def test_a_file_nested_too_deep_and_numbers_that_are_no_list(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ThriftError, match="it holds no JSON"):
+        DiffRate(schedule=str(path))
+    with pytest.raises(ThriftError, match="kept in every layer"):
+        DiffRate(prune=torch.tensor([1.0, 2.0]))

@@ -113,9 +113,11 @@ def test_bad_parameters_are_refused(name, params, message):
         ("tps(temperature=0.0)", "1.0 is the paper's"),
         ("kmedoids(weights=some)", "'attention' or 'equal'"),
         ("kmedoids(iterations=-1)", "3 is the paper's"),
+        ("kmedoids(iterations=1000000000)", "at most 1000"),
         ("dpc_knn(neighbours=0)", "at least 1"),
         ("sinkhorn(eps=0.0)", "eps above 0"),
-        ("sinkhorn(iterations=0)", "at least 1 iteration"),
+        ("sinkhorn(iterations=0)", "at least 1 and at most 1000"),
+        ("sinkhorn(iterations=10001)", "at most 1000"),
         ("token_transforming(temperature=-1.0)", "must be above 0"),
         ("token_transforming(anchors=random)", "'attention' or 'uniform'"),
         ("centerclip(at=-1)", "count from 0"),
@@ -367,3 +369,9 @@ def test_centerclip_on_images():
     assert CenterCLIP(at=0, centers=0.25).reduce(random_view()).n_out == 5
     with pytest.raises(ThriftError, match="the model has 3 layers; write at=0 to at=2"):
         CenterCLIP().reduce(idle_view(layer=0, layers=3))
+
+
+def test_more_than_a_layer_has_is_clipped_and_said():
+    seen = view(torch.randn(1, 9, 8), prefix=1, layer=0, layers=2)
+    with pytest.warns(UserWarning, match="r=99 is all that a layer has: it is clipped"):
+        assert DPCKNN(r=99).reduce(seen).n_out == 2

@@ -58,3 +58,20 @@ def test_rows_of_a_batch_and_grey_images():
 def test_a_grid_that_does_not_fit_is_refused():
     with pytest.raises(ThriftError, match=r"6 tokens, but prefix and grid make 1 [+] 2 x 3"):
         draw([0, 1, 2, 3, 4, 5], (2, 3), picture())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"map": {0: TokenMap.identity(4)}}, r"a map a layer: pass the one of a layer"),
+        ({"image": "photo.png"}, "draws on a Pillow image, not on str"),
+        ({"grid": (4,)}, r"write the patches as \(height, width\)"),
+        ({"grid": None}, r"write the patches as \(height, width\)"),
+        ({"grid": (-2, -2)}, r"write the patches as \(height, width\)"),
+        ({"row": 1}, "no row 1: the map is of 1 images"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(wrong, said):
+    given = {"image": images.fromarray(picture()), "map": TokenMap.identity(4), "grid": (2, 2), "prefix": 0}
+    with pytest.raises(ThriftError, match=said):
+        draw_groups(**{**given, **wrong})

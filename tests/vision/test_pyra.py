@@ -165,3 +165,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     for path, said in [(text, "no file of pyra weights"), (other, "no file of pyra weights"), (damaged, "damaged")]:
         with pytest.raises(ThriftError, match=said):
             Pyra(weights=str(path))
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(ThriftError, match="is no file"):
+        Pyra(weights="x" * 5000)

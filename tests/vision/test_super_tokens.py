@@ -85,8 +85,9 @@ def test_bad_cells_are_refused(cell):
 
 
 def test_other_bad_parameters_are_refused():
-    with pytest.raises(ThriftError, match="the paper's is 1"):
-        SuperTokens(iterations=0)
+    for iterations in (0, 1001):
+        with pytest.raises(ThriftError, match="at least 1 and at most 1000; 1 is the paper's"):
+            SuperTokens(iterations=iterations)
     with pytest.raises(ThriftError, match="heads"):
         SuperTokenAttention(10, (2, 2), heads=3)
 

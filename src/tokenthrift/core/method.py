@@ -89,6 +89,8 @@ class MethodInfo:
             if f.name in params and not _fits(params[f.name], f.type):
                 kind = " or ".join(_words(f.type))
                 raise ThriftError(f"{self.name} takes '{f.name}' as {kind}, got {params[f.name]!r}")
+            if isinstance(params.get(f.name), int) and params[f.name].bit_length() > 63:
+                raise ThriftError(f"{self.name} '{f.name}' has more than 64 bits: write a smaller number")
         return self.cls(**params)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
@@ -9,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from functools import reduce
 from types import TracebackType
 from typing import Any, Protocol
+
+import torch
 
 from .errors import ThriftError
 from .plan import Plan
@@ -120,6 +123,7 @@ class Session:
         if self._undo is not None:
             raise ThriftError("this session is already installed; leave its with block before entering it again")
         with ExitStack() as undo:  # on an error half-way everything done so far is undone
+            _compile_anew(undo)
             for stage in self._stages:
                 self.adapter.install(stage, self.plan.at(stage), self, undo)
             self._undo = undo.pop_all()
@@ -197,3 +201,10 @@ class Session:
             stage: reduce(TokenMap.then, maps) for stage, maps in self._chains.items()
         }
         return {**chained, **{stage: dict(maps) for stage, maps in self._parallel.items()}}
+
+
+def _compile_anew(undo: ExitStack) -> None:
+    """What ``torch.compile`` made of the model knows nothing of hooks that come later, nor that they are gone."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled
+        torch.compiler.reset()
+    undo.callback(lambda: torch.compiler.reset() if "torch._dynamo" in sys.modules else None)

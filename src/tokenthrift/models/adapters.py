@@ -14,6 +14,7 @@ def adapter_for(model: Any) -> Adapter:
     from .encoder import EncoderAdapter
     from .multiview import MultiViewAdapter
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     # A multi-view model holds an encoder of images too, so it is asked first.
     for adapter in (DecoderAdapter, MultiViewAdapter, EncoderAdapter):
         if adapter.fits(model):

@@ -149,19 +149,16 @@ def _attention_over(base: str) -> Callable[..., Any]:
 
 def _replace_sdpa(module: nn.Module, attend: Attend, undo: ExitStack) -> None:
     """Answer the calls of ``scaled_dot_product_attention`` during this module's forward."""
-    running: list[_ReplaceSDPA] = []
+    own = vars(module).get("forward")
+    forward = module.forward
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        mode = _ReplaceSDPA(attend)
-        mode.__enter__()
-        running.append(mode)
+    # Not by hooks: what is interrupted from the keyboard skips them, and the mode would stay.
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        with _ReplaceSDPA(attend):
+            return forward(*args, **kwargs)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        if running:
-            running.pop().__exit__(None, None, None)
-
-    undo.callback(module.register_forward_pre_hook(enter).remove)
-    undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+    undo.callback(vars(module).pop, "forward", None) if own is None else undo.callback(setattr, module, "forward", own)
+    module.forward = replaced
 
 
 class _ReplaceSDPA(TorchFunctionMode):

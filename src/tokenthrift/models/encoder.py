@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from inspect import signature
 from operator import attrgetter
 from typing import Any
 
@@ -24,7 +25,8 @@ class Family:
     classes: tuple[str, ...] = ()
     """Names of the encoder's class; a subclass fits too."""
     shape: tuple[str, ...] = ()
-    """Instead of classes: paths that the encoder must have (models outside transformers)."""
+    """Instead of classes: paths that the encoder must have (models outside transformers). Its layers must take the mask
+    by name."""
     patches: str | None = None
     """The convolution that makes the patch tokens; None = an encoder of text."""
     layers: str
@@ -79,7 +81,8 @@ FAMILIES = (
     Family(classes=("CLIPVisionModel",), patches="embeddings.patch_embedding", **_SELF),  # type: ignore[arg-type]
     Family(classes=("SiglipVisionModel",), patches="embeddings.patch_embedding", pool="head", **_SELF),  # type: ignore[arg-type]
     Family(  # timm's VisionTransformer (ViT, DeiT and relatives)
-        shape=("patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.norm2", "blocks.0.mlp", "norm"),
+        # ls1: its other layers, which are no pre-norm layers, have none
+        shape=("patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.ls1", "blocks.0.norm2", "blocks.0.mlp", "norm"),
         patches="patch_embed.proj",
         layers="blocks",
         attention="attn",
@@ -156,9 +159,15 @@ def find_encoder(model: Any) -> tuple[Any, Family] | None:
     names = [{cls.__name__ for cls in type(module).__mro__} for module in modules]
     for family in FAMILIES:
         for module, classes in zip(modules, names, strict=True):
-            if classes.intersection(family.classes) or (family.shape and all(has(module, p) for p in family.shape)):
+            if classes.intersection(family.classes) or _has_shape(module, family):
                 return module, family
     return None
+
+
+def _has_shape(module: nn.Module, family: Family) -> bool:
+    if not family.shape or not all(has(module, path) for path in family.shape):
+        return False
+    return all(family.mask in signature(layer.forward).parameters for layer in part(module, family.layers))
 
 
 def part(module: nn.Module, path: str) -> Any:

@@ -101,6 +101,8 @@ class Forward:
     """The layer's full attention, if a method asked for it."""
     fused: Tensor | None = None
     """Attention of the reduced tokens that takes the place of the layer's own."""
+    attended: bool = False
+    """The layer's attention has asked for what takes its place."""
     partial: bool = False
     """Begun at the patch embedding: the encoder itself was not called, only a part of it."""
     replay: str = ""
@@ -179,6 +181,8 @@ class Forward:
         self, method: Any, h: Tensor, project: Callable[[], dict[str, Tensor]]
     ) -> tuple[TokenMap, Tensor | None] | None:
         """The method's map of the tokens ``h``, and its merged features if it makes them itself."""
+        if not h.shape[0]:
+            return None  # a batch of no rows
         maps, features = [], []
         shown = list(self._groups())
         for rows in shown:

@@ -25,10 +25,12 @@ keys.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 PLACEMENTS = ("between", "boundary", "around")
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Kernels that take no additive mask."""
+_reduced: WeakSet[nn.Module] = WeakSet()
+"""Encoders on which a session is installed."""
 
 
 def install_vision(adapter: EncoderAdapter, method: Any, session: Session, undo: ExitStack) -> None:
@@ -62,7 +66,7 @@ def install_vision(adapter: EncoderAdapter, method: Any, session: Session, undo:
 
 
 class _Runtime:
-    """The hooks of one session. All state of a forward is in ``self.now``."""
+    """The hooks of one session. All state of a forward is in ``self.now``, which each thread has for itself."""
 
     def __init__(self, adapter: EncoderAdapter, method: Any, session: Session) -> None:
         self.parts = Parts(adapter.encoder, adapter.family, adapter.layers)
@@ -81,7 +85,7 @@ class _Runtime:
             raise ThriftError(f"{type(self.encoder).__name__} has no MLP module to merge around: leave out on='mlp'")
         self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
         self.inside = adapter.encoder is not adapter.model
-        self.now: Forward | None = None
+        self._running, self._writing = threading.local(), threading.Lock()
         self.identifiers: IdentifierSegments | None = None
         attention_parts = [part(layer, self.family.attention.split(".")[0]) for layer in self.layers]
         of_attention = [linear_flops(a) for a in attention_parts]
@@ -101,7 +105,29 @@ class _Runtime:
             )
         self.signature = inspect.signature(self.encoder.forward)
 
+    @property
+    def now(self) -> Forward | None:
+        """The forward that runs in this thread."""
+        now: Forward | None = getattr(self._running, "now", None)
+        return now
+
+    @now.setter
+    def now(self, now: Forward | None) -> None:
+        self._running.now = now
+
+    def __reduce__(self) -> NoReturn:
+        """A copy would be reduced for ever: its hooks belong to no session that could remove them."""
+        raise ThriftError(
+            f"{type(self.encoder).__name__} cannot be copied or pickled while a session is installed on it: "
+            "leave its with block first, or save model.state_dict()"
+        )
+
     def attach(self, undo: ExitStack) -> None:
+        if self.encoder in _reduced:
+            raise ThriftError("another session is installed on this model; leave its with block first")
+        undo.callback(_reduced.discard, self.encoder)
+        _reduced.add(self.encoder)
+
         def hook(register: Callable[..., Any], function: Callable[..., Any], **how: Any) -> None:
             undo.callback(register(function, **how).remove)
 
@@ -141,10 +167,7 @@ class _Runtime:
         attend = self.attend()
         if attend is not None:
             replace_attention(self.parts.attentions, lambda module: attend, undo, (*BASES, *FLASH))
-        undo.callback(self.drop_state)
-
-    def drop_state(self) -> None:
-        self.now = None
+        undo.callback(setattr, self, "_running", threading.local())
 
     # ---- around the encoder -----------------------------------------------------------------------------------------
 
@@ -223,21 +246,22 @@ class _Runtime:
     def write(self, now: Forward) -> None:
         """Tell the session what happened."""
         device = next(self.encoder.parameters()).device
-        self.session.start_maps("vision")
-        before = now.batch * now.tokens if now.given is None else int(now.given.sum())
-        left = before if not now.maps else int(now.maps[-1].mask.sum())
-        if now.around:  # each layer's own, as they are in a cache; the stream keeps its length
-            for layer, map in now.around.items():
-                self.session.add_map("vision", map, layer)
-            left = sum(int(map.mask.sum()) for map in now.around.values())
-            left += before * (len(now.widths) - len(now.around))
-            before *= len(now.widths)
-        else:
-            for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
-                self.session.add_map("vision", map)
-        self.session.record("vision", before=before, after=left, seconds=now.seconds)
-        dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
-        self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
+        with self._writing:  # one forward after the other
+            self.session.start_maps("vision")
+            before = now.batch * now.tokens if now.given is None else int(now.given.sum())
+            left = before if not now.maps else int(now.maps[-1].mask.sum())
+            if now.around:  # each layer's own, as they are in a cache; the stream keeps its length
+                for layer, map in now.around.items():
+                    self.session.add_map("vision", map, layer)
+                left = sum(int(map.mask.sum()) for map in now.around.values())
+                left += before * (len(now.widths) - len(now.around))
+                before *= len(now.widths)
+            else:
+                for map in now.maps or [TokenMap.identity(now.tokens, (now.batch,), device)]:
+                    self.session.add_map("vision", map)
+            self.session.record("vision", before=before, after=left, seconds=now.seconds)
+            dense = [(now.tokens // now.frames,) * 3] * len(now.widths)
+            self.session.count_forward(self.flops(now, now.widths), self.flops(now, dense, now.frames))
 
     def flops(self, now: Forward, widths: list[tuple[int, int, int]], frames: int = 1) -> int:
         """Of the patch embedding and the layers; see :attr:`Forward.widths`. A joined row was ``frames`` rows."""
@@ -269,6 +293,7 @@ class _Runtime:
             h._tokenthrift_layer = now.snapshot("")
         now.layer += 1
         now.map = now.excess = now.whole = now.fused = None
+        now.attended = False
         x = h
         if self.placement != "between":
             with now:
@@ -367,7 +392,16 @@ class _Runtime:
 
     def after_layer(self, layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         now = self.now
-        if now is None or now.map is None or self.placement != "between" or self.family.post_norm:
+        if now is None:
+            return None
+        due = now.fused is not None or ("kernel" in self.on and now.map is not None)
+        if due and not now.attended:
+            raise ThriftError(
+                f"{self.name} replaces the attention of {type(self.encoder).__name__}, which does not call "
+                "scaled_dot_product_attention: switch fused attention on (timm.layers.set_fused_attn) and make the "
+                "model again, or take a method that leaves attention alone, such as tome"
+            )
+        if now.map is None or self.placement != "between" or self.family.post_norm:
             return None
         with now:
             now.commit(now.map)
@@ -432,6 +466,7 @@ class _Runtime:
         now = self.now
         if now is None or now.map is None:
             return run(query, key, value, mask)
+        now.attended = True
         map = now.map
         q, k, v = (per_head(map.apply, x) for x in (query, key, value))
         real = map.mask if map.padded else None
@@ -444,6 +479,12 @@ class _Runtime:
     ) -> Tensor:
         if self.now is None or self.now.fused is None:
             return run(query, key, value, mask)
+        if self.now.fused.shape[1] != query.shape[1]:
+            raise ThriftError(
+                f"{self.name} has attention of {self.now.fused.shape[1]} heads, {type(self.encoder).__name__} asks for "
+                f"{query.shape[1]} (differential attention?): take a method that leaves attention alone, such as tome"
+            )
+        self.now.attended = True
         return self.now.fused.to(value.dtype) @ value
 
     def attend_augmented(

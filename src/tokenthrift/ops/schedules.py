@@ -37,7 +37,7 @@ def check_removal(name: str, keep: float, r: Removal | None, default: float) -> 
         return None
     if keep != default:
         raise ThriftError(f"{name} takes keep=... or r=..., not both")
-    parse_r(r, 1)  # says now what is wrong with it
+    _numbers(r)  # says now what is wrong with it
     return (r[0], r[1]) if _is_ramp(r) else r
 
 
@@ -77,19 +77,32 @@ def parse_r(r: Removal, layers: int) -> list[int]:
 
     An int holds for every layer. ``(mean, inflect)``, inflect in [-1, 1], is the ramp from ``mean * (1 - inflect)`` to
     ``mean * (1 + inflect)``, rounded down. A list is padded with zeros. A string is the path of a JSON file that holds
-    such a list, or ``{"r": [...]}``. Raises ThriftError for anything else.
+    such a list, or ``{"r": [...]}``. Raises ThriftError for anything else, and for numbers that no layer is left
+    for.
     """
-    if isinstance(r, str):
-        r = _from_file(r)
-    if _is_count(r):
-        return [r] * layers
-    if _is_ramp(r):
-        mean, inflect = r
+    numbers = _numbers(r)
+    if isinstance(numbers, int):
+        return [numbers] * layers
+    if isinstance(numbers, tuple):
+        mean, inflect = numbers
         low = int(mean * (1 - inflect))
         step = 2 * (mean - low) / (layers - 1) if layers > 1 else 0
         return [int(low + step * layer) for layer in range(layers)]
-    if _is_counts(r):
-        return (r + [0] * layers)[:layers]
+    if any(numbers[layers:]):
+        raise ThriftError(
+            f"r={r!r} has numbers for {len(numbers)} layers, but only {layers} can remove tokens: shorten the list"
+        )
+    return (numbers + [0] * layers)[:layers]
+
+
+def _numbers(r: Removal) -> int | tuple[int, float] | list[int]:
+    """What a file holds, or ``r`` itself; ThriftError if it is no schedule."""
+    if isinstance(r, str):
+        return _from_file(r)
+    if _is_ramp(r):
+        return r[0], r[1]
+    if _is_count(r) or _is_counts(r):
+        return r
     raise ThriftError(
         f"r={r!r} is no number of tokens to remove: write r=8 (each layer), r=(8, -1.0) (a ramp) or r=[16, 8, 4]"
     )
@@ -98,7 +111,7 @@ def parse_r(r: Removal, layers: int) -> list[int]:
 def _from_file(path: str) -> list[int]:
     try:
         held = _read(path, Path(path).stat().st_mtime_ns)
-    except (OSError, ValueError) as error:  # no such file; or bytes that are no text, text that is no JSON
+    except (OSError, ValueError, RecursionError) as error:  # no such file; bytes that are no text, text that is no JSON
         why = error.strerror if isinstance(error, OSError) else "it holds no JSON"
         raise ThriftError(
             f"r={path!r} is no file with a schedule ({why}): write r=8, r=[16, 8, 4], or the path of a JSON list"
@@ -120,7 +133,7 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_ramp(r: Any) -> TypeGuard[tuple[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from .unprotected import split_protected
 
 Layers = tuple[int, ...] | None
 """Layers in ascending order, counted from 0; None = at a quarter, half and three quarters of the depth."""
+
+MOST_ITERATIONS = 1000
+"""No clustering needs as many."""
 
 
 def check_stages(method: Any, name: str, default: float) -> None:
@@ -64,6 +68,8 @@ def patches_to_keep(view: View, name: str, keep: float, layers: Layers, r: Remov
     layer: int = view.layer
     if r is not None:
         wanted = patches - parse_r(r, view.layers)[layer]
+        if wanted < 1:  # the same words for all layers: said once
+            warnings.warn(f"r={patches - wanted} is all that a layer has: it is clipped, one is left", stacklevel=3)
     else:
         stages = stages_of(view.layers, name, layers)
         if keep == 1 or layer not in stages:
@@ -94,3 +100,12 @@ def stages_of(depth: int, name: str, layers: Layers) -> tuple[int, ...]:
     if layers[-1] >= depth:
         raise ThriftError(f"{name} layers={layers}: the model has {depth} layers; name some of 0 to {depth - 1}")
     return layers
+
+
+def check_iterations(name: str, iterations: int, least: int, usual: int) -> None:
+    """Raise ThriftError unless a number of iterations is one that ends; ``usual`` is the paper's."""
+    if not least <= iterations <= MOST_ITERATIONS:
+        raise ThriftError(
+            f"{name} iterations={iterations} must be at least {least} and at most {MOST_ITERATIONS}; "
+            f"{usual} is the paper's number"
+        )

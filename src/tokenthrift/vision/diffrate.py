@@ -71,7 +71,9 @@ class DiffRate:
         if self.schedule is not None:
             numbers = _read(self.schedule)
         elif listed:
-            numbers = _check({"prune": self.prune or self.merge, "merge": self.merge or self.prune}, "diffrate")
+            prune = self.merge if self.prune is None else self.prune
+            merge = self.prune if self.merge is None else self.merge
+            numbers = _check({"prune": prune, "merge": merge}, "diffrate")
             if self.prune is None:
                 numbers["prune"] = [sys.maxsize] * len(numbers["merge"])  # merging alone: no model has as many tokens
         object.__setattr__(self, "_numbers", numbers)
@@ -120,7 +122,7 @@ class DiffRate:
 def _read(path: str) -> dict[str, Any]:
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "it holds no JSON"
         raise ThriftError(
             f"diffrate schedule={path!r} cannot be read ({why}): write the path of a file that learning the rates made"

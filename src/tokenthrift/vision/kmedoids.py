@@ -13,7 +13,7 @@ from ..core.view import View
 from ..ops.clustering import k_medoids, weighted_k_medoids
 from ..ops.importance import attention_received
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.stages import Layers, check_iterations, check_stages, free_to_keep
 from ..ops.unprotected import clusters_to_map, take
 
 
@@ -58,8 +58,7 @@ class KMedoids:
         check_stages(self, "kmedoids", default=KMedoids.keep)
         if self.weights not in ("attention", "equal"):
             raise ThriftError(f"kmedoids weights={self.weights!r} are unknown: write 'attention' or 'equal'")
-        if self.iterations < 0:
-            raise ThriftError(f"kmedoids iterations={self.iterations} must be at least 0; 3 is the paper's number")
+        check_iterations("kmedoids", self.iterations, least=0, usual=3)
 
     def reduce(self, view: View) -> TokenMap | None:
         """The medoids, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,20 @@ def draw_groups(image: Image, map: TokenMap, grid: Sequence[int], prefix: int = 
         row: which image of the batch.
 
     Raises:
-        ThriftError: the grid does not have as many patches as the map has tokens.
+        ThriftError: the grid does not have as many patches as the map has tokens, or there is no such row; an image or
+            a map that is none.
     """
     from PIL import Image as images
 
+    if isinstance(map, dict):
+        raise ThriftError("this method has a map a layer: pass the one of a layer, provenance()['vision'][0]")
+    if not isinstance(image, images.Image):
+        raise ThriftError(f"draw_groups draws on a Pillow image, not on {type(image).__name__}: see PIL.Image.open")
+    rows = math.prod(map.lead)
+    if not 0 <= row < rows:
+        raise ThriftError(f"there is no row {row}: the map is of {rows} images, counted from 0")
+    if not (isinstance(grid, Sequence) and len(grid) in (2, 3) and all(isinstance(s, int) and s > 0 for s in grid)):
+        raise ThriftError(f"grid={grid!r} is none: write the patches as (height, width)")
     h, w = grid[-2:]
     if map.n_in != prefix + h * w:
         raise ThriftError(f"the map is of {map.n_in} tokens, but prefix and grid make {prefix} + {h} x {w}")

@@ -168,7 +168,7 @@ class PyraWeights:
         """Read what :meth:`save` wrote. Raises ThriftError for anything else."""
         from safetensors import SafetensorError, safe_open
 
-        if not isinstance(path, str | PathLike) or not Path(path).is_file():
+        if not isinstance(path, str | PathLike) or not _is_file(path):
             raise ThriftError(f"pyra weights={path!r} is no file: train them with learn_pyra, or leave weights out")
         try:
             with safe_open(path, "pt") as file:
@@ -185,3 +185,10 @@ class PyraWeights:
             if layer is not None and [tuple(t.shape) for t in layer] != [(n, 1), (dim,), (dim,), (dim,)]:
                 raise ThriftError(f"'{path}' is damaged: its weights do not fit r={r} and {dim} channels")
         return cls(r, dim, layers, about.get("model", ""), str(path))
+
+
+def _is_file(path: str | PathLike[str]) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False

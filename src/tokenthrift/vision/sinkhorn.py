@@ -11,7 +11,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.clustering import k_medoids, sinkhorn_shares
 from ..ops.schedules import Removal
-from ..ops.stages import Layers, check_stages, free_to_keep
+from ..ops.stages import Layers, check_iterations, check_stages, free_to_keep
 from ..ops.unprotected import shares_to_map, take
 
 CENTRE_ITERATIONS = 10
@@ -57,11 +57,9 @@ class Sinkhorn:
 
     def __post_init__(self) -> None:
         check_stages(self, "sinkhorn", default=Sinkhorn.keep)
-        if not 0 < self.eps < math.inf or self.iterations < 1:
-            raise ThriftError(
-                f"sinkhorn eps={self.eps}, iterations={self.iterations}: write an eps above 0 (0.05 is the default) "
-                "and at least 1 iteration"
-            )
+        if not 0 < self.eps < math.inf:
+            raise ThriftError(f"sinkhorn eps={self.eps} is no strength: write an eps above 0, 0.05 is the default")
+        check_iterations("sinkhorn", self.iterations, least=1, usual=3)
 
     def reduce(self, view: View) -> TokenMap | None:
         """The many-to-many map of the transport, outputs in the order of their centres."""

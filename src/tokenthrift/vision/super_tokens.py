@@ -13,6 +13,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.grid_matching import patch_index
+from ..ops.stages import check_iterations
 from ..ops.super_tokens import association_map, pad_to_cells, spread, super_tokens
 
 
@@ -52,8 +53,7 @@ class SuperTokens:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cell", checked_cell(self.cell, "super_tokens"))
-        if self.iterations < 1:
-            raise ThriftError(f"super_tokens iterations={self.iterations!r} is less than 1; the paper's is 1")
+        check_iterations("super_tokens", self.iterations, least=1, usual=1)
 
     def reduce(self, view: View) -> TokenMap | None:
         """The association of this layer's input."""
