@@ -129,11 +129,13 @@ class TokenMap:
             group: ``(*lead, n_in)`` int64, the output that each token joins.
             anchor: ``(*lead, n_out)`` int64, the token that each output stands at.
             giver: ``(*lead, n_in - n_out)`` int64, the other tokens.
-            weight: ``(*lead, n_in)`` positive masses; all one when None.
+            weight: ``(*lead, n_in)`` non-negative masses; all one when None. A group without any mass: its plain mean.
         """
         n_in, n_out = group.shape[-1], anchor.shape[-1]
         mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
         _check_shape("weight", mass, tuple(group.shape))
+        if weight is not None:
+            mass = mass.clamp(min=torch.finfo(torch.float32).tiny)
         joined, of_anchor = group.gather(-1, giver), mass.gather(-1, anchor)
         of_giver = mass.gather(-1, giver)
         total = of_anchor.scatter_add(-1, joined, of_giver)

@@ -37,7 +37,7 @@ from ..core.costs import attention_flops, linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
-from ..ops.attention import augment_keys, fuse_attention, per_head
+from ..ops.attention import attend_fused, augment_keys, per_head
 from .attention import BASES, replace_attention
 from .encoder import part
 from .encoder_forward import Forward, Parts, attention_bias
@@ -268,13 +268,13 @@ class _Runtime:
         if torch.is_grad_enabled():
             h._tokenthrift_layer = now.snapshot("")
         now.layer += 1
-        now.map = now.excess = now.whole = now.fused = None
+        now.map = now.excess = now.whole = now.before = None
         x = h
         if self.placement != "between":
             with now:
                 x = self.at_boundary(now, h)
-        n = x.shape[1]
-        now.widths.append((n, n if now.map is None else now.map.n_out, n))
+        n, attending = x.shape[1], h.shape[1] if now.before else x.shape[1]
+        now.widths.append((n, attending if now.map is None else now.map.n_out, n))
         if torch.is_grad_enabled():
             x._tokenthrift_inside = now.snapshot("")
         bias = self.layer_bias(now, x.dtype)
@@ -300,7 +300,7 @@ class _Runtime:
             now.map = now.around[now.layer] = map
             return h
         if getattr(self.method, "fused_attention", False):
-            now.fused = fuse_attention(now.full_attention(project), map)
+            now.before = now.attention_ahead(project)
             now.ahead.append(h.shape[1])
         now.commit(map)
         return map.apply(h) if combined is None else combined
@@ -442,9 +442,11 @@ class _Runtime:
     def attend_fused(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        if self.now is None or self.now.fused is None:
+        now = self.now
+        if now is None or now.before is None:
             return run(query, key, value, mask)
-        return self.now.fused.to(value.dtype) @ value
+        queries, keys, bias = now.before
+        return attend_fused(queries, keys, value, now.maps[-1], scaling, bias, now.whole)
 
     def attend_augmented(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
