@@ -20,13 +20,13 @@ class Groups(NamedTuple):
         group: ``(batch, tokens)`` int64, the group that each token joins; -1 drops the token.
         n_groups: number of groups.
         anchor: ``(batch, n_groups)`` int64, the token that each group stands at.
-        giver: ``(batch, r)`` int64, all other tokens, if they are known; makes using the map faster.
+        whole: known that no token is dropped and no group is empty, which makes the map faster to use.
     """
 
     group: Tensor
     n_groups: int
     anchor: Tensor
-    giver: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def of_pairs(cls, giver: Tensor, receiver: Tensor, tokens: int) -> Groups:
@@ -43,12 +43,12 @@ class Groups(NamedTuple):
         batch, n_groups = anchor.shape
         slot = torch.arange(n_groups, device=anchor.device).expand(batch, -1)
         group = anchor.new_zeros(batch, n_groups + giver.shape[1]).scatter_(1, anchor, slot)
-        return cls(group.scatter_(1, giver, group.gather(1, receiver)), n_groups, anchor, giver)
+        return cls(group.scatter_(1, giver, group.gather(1, receiver)), n_groups, anchor, whole=True)
 
     def map(self, sizes: Tensor | None = None) -> TokenMap:
         """The map that averages every group, weighted by the ``sizes`` ``(batch, tokens)`` of its tokens."""
-        if self.giver is not None:
-            return TokenMap.join(self.group, self.anchor, self.giver, sizes)
+        if self.whole:
+            return TokenMap.join(self.group, self.anchor, sizes)
         return TokenMap.merge(self.group, self.n_groups, weight=sizes, anchor=self.anchor)
 
 
