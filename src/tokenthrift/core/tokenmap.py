@@ -68,13 +68,16 @@ class TokenMap:
             index = index[..., :0]  # there is no token that even a padding edge could start from
         slots = torch.arange(index.shape[-1], device=index.device).expand(index.shape)
         real = index >= 0
-        return cls(
+        made = cls(
             source=index.clamp(min=0),
             target=torch.where(real, slots, -1),
             weight=real.to(torch.float32),
             n_in=n_in,
             n_out=n_out,
         )
+        if n_in:
+            made.__dict__.update(is_selection=True, mask=real, _real=real)  # cached properties that are known
+        return made
 
     @classmethod
     def keep(cls, mask: Tensor) -> TokenMap:
@@ -121,40 +124,53 @@ class TokenMap:
         return made
 
     @classmethod
-    def join(cls, group: Tensor, anchor: Tensor, weight: Tensor | None = None) -> TokenMap:
-        """:meth:`merge` where no token is dropped and no group is empty: nothing has to be searched for.
+    def join(
+        cls,
+        group: Tensor,
+        anchor: Tensor,
+        weight: Tensor | None = None,
+        share: Tensor | None = None,
+        drops: bool = False,
+    ) -> TokenMap:
+        """:meth:`merge` where no group is empty: nothing has to be searched for.
 
         Args:
             group: ``(*lead, n_in)`` int64, the output that each token joins.
             anchor: ``(*lead, n_out)`` int64, the token that each output stands at.
             weight: ``(*lead, n_in)`` non-negative masses; all one when None. A group without any mass: its plain mean.
+            share: ``(*lead, n_in)`` positive, how much of its own mass each token hands on; all of it when None.
+            drops: some tokens are dropped: their ``group`` is -1.
         """
         n_in, n_out = group.shape[-1], anchor.shape[-1]
         mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
         _check_shape("weight", mass, tuple(group.shape))
         if weight is not None:
             mass = mass.clamp(min=torch.finfo(torch.float32).tiny)
-        total = mass.new_zeros(anchor.shape).scatter_add(-1, group, mass)
+        real = group >= 0 if drops else torch.ones((), dtype=torch.bool, device=group.device).expand(group.shape)
+        slot = torch.where(real, group, n_out) if drops else group  # the dropped share a spare group
+        total = mass.new_zeros(*anchor.shape[:-1], n_out + drops).scatter_add(-1, slot, mass)
+        mean = mass / total.gather(-1, slot)
         made = cls(
             source=torch.arange(n_in, device=group.device).expand(group.shape),
             target=group,
-            weight=mass / total.gather(-1, group),
+            weight=mean * real if drops else mean,
             n_in=n_in,
             n_out=n_out,
+            share=share,
             anchor=anchor,
         )
         # The cached properties, all known here.
-        everything = torch.ones((), dtype=torch.bool, device=group.device)
         made.__dict__.update(
             exclusive=True,
             owner=group,
-            kept=everything.expand(group.shape),
-            mask=everything.expand(anchor.shape),
-            _real=everything.expand(group.shape),
-            _drops=False,
+            kept=real,
+            mask=torch.ones((), dtype=torch.bool, device=group.device).expand(anchor.shape),
+            _real=real,
+            _drops=drops,
             padded=False,
-            _mass=(weight, total),
         )
+        if share is None:
+            made.__dict__["_mass"] = (weight, total[..., :n_out])
         return made
 
     @classmethod

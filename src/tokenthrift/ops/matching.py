@@ -180,6 +180,13 @@ def free_in_each(tokens: int, protected: Tensor | None) -> tuple[int, int]:
     return in_a, in_b
 
 
+def fewest_free(protected: Tensor) -> int:
+    """How many unprotected tokens every row has at least."""
+    front = _leading(protected)
+    free = (~protected).sum(-1).min() if front is None else protected.shape[1] - front
+    return max(int(free), 0)
+
+
 def merged_pairs(map: TokenMap, metric: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs that an exclusive merge joined, best match first.
 
