@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 PositionMode = Literal["first", "mean", "anchor"]
 
@@ -67,13 +68,16 @@ class TokenMap:
             index = index[..., :0]  # there is no token that even a padding edge could start from
         slots = torch.arange(index.shape[-1], device=index.device).expand(index.shape)
         real = index >= 0
-        return cls(
+        made = cls(
             source=index.clamp(min=0),
             target=torch.where(real, slots, -1),
             weight=real.to(torch.float32),
             n_in=n_in,
             n_out=n_out,
         )
+        if n_in:
+            made.__dict__.update(is_selection=True, mask=real, _real=real)  # cached properties that are known
+        return made
 
     @classmethod
     def keep(cls, mask: Tensor) -> TokenMap:
@@ -120,70 +124,87 @@ class TokenMap:
         return made
 
     @classmethod
-    def join(cls, group: Tensor, anchor: Tensor, giver: Tensor, weight: Tensor | None = None) -> TokenMap:
-        """:meth:`merge` where every token either is the anchor of its group or is listed as one that joins.
-
-        Nothing has to be searched for, and few sums are formed, if few join.
+    def join(
+        cls,
+        group: Tensor,
+        anchor: Tensor,
+        weight: Tensor | None = None,
+        share: Tensor | None = None,
+        drops: bool = False,
+    ) -> TokenMap:
+        """:meth:`merge` where no group is empty: nothing has to be searched for.
 
         Args:
             group: ``(*lead, n_in)`` int64, the output that each token joins.
             anchor: ``(*lead, n_out)`` int64, the token that each output stands at.
-            giver: ``(*lead, n_in - n_out)`` int64, the other tokens.
-            weight: ``(*lead, n_in)`` positive masses; all one when None.
+            weight: ``(*lead, n_in)`` non-negative masses; all one when None. A group without any mass: its plain mean.
+            share: ``(*lead, n_in)`` positive, how much of its own mass each token hands on; all of it when None.
+            drops: some tokens are dropped: their ``group`` is -1.
         """
         n_in, n_out = group.shape[-1], anchor.shape[-1]
         mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
         _check_shape("weight", mass, tuple(group.shape))
-        joined, of_anchor = group.gather(-1, giver), mass.gather(-1, anchor)
-        of_giver = mass.gather(-1, giver)
-        total = of_anchor.scatter_add(-1, joined, of_giver)
+        if weight is not None:
+            mass = mass.clamp(min=torch.finfo(torch.float32).tiny)
+        real = group >= 0 if drops else torch.ones((), dtype=torch.bool, device=group.device).expand(group.shape)
+        slot = torch.where(real, group, n_out) if drops else group  # the dropped share a spare group
+        total = mass.new_zeros(*anchor.shape[:-1], n_out + drops).scatter_add(-1, slot, mass)
+        mean = mass / total.gather(-1, slot)
         made = cls(
             source=torch.arange(n_in, device=group.device).expand(group.shape),
             target=group,
-            weight=mass / total.gather(-1, group),
+            weight=mean * real if drops else mean,
             n_in=n_in,
             n_out=n_out,
+            share=share,
             anchor=anchor,
         )
         # The cached properties, all known here.
-        everything = torch.ones((), dtype=torch.bool, device=group.device)
         made.__dict__.update(
             exclusive=True,
             owner=group,
-            kept=everything.expand(group.shape),
-            mask=everything.expand(anchor.shape),
-            _real=everything.expand(group.shape),
-            _drops=False,
+            kept=real,
+            mask=torch.ones((), dtype=torch.bool, device=group.device).expand(anchor.shape),
+            _real=real,
+            _drops=drops,
             padded=False,
-            _mass=(weight, total),
-            _edges=(
-                _flat(anchor, n_in),
-                (of_anchor / total).reshape(-1, 1),
-                _flat(giver, n_in),
-                _flat(joined, n_out),
-                (of_giver / total.gather(-1, joined)).reshape(-1, 1),
-            ),
         )
+        if share is None:
+            made.__dict__["_mass"] = (weight, total[..., :n_out])
         return made
 
     @classmethod
-    def transform(cls, share: Tensor, sizes: Tensor | None = None) -> TokenMap:
-        """The general map of a dense share matrix ``P`` ``(*lead, n_out, n_in)``: ``W = diag(P s)^-1 P diag(s)``."""
-        *lead, n_out, n_in = share.shape
+    def transform(cls, share: Tensor, sizes: Tensor | None = None, anchor: Tensor | None = None) -> TokenMap:
+        """The general map of a dense share matrix ``P`` ``(*lead, n_out, n_in)``: ``W = diag(P s)^-1 P diag(s)``.
+
+        Args:
+            share: ``P``; an input of which no output takes a share is dropped.
+            sizes: ``s`` ``(*lead, n_in)``; all one when None.
+            anchor: ``(*lead, n_out)`` the token that each output stands at.
+        """
         share = share.to(torch.float32)
-        _check_shape("sizes", sizes, (*lead, n_in))
+        _check_shape("sizes", sizes, (*share.shape[:-2], share.shape[-1]))
         mass = share if sizes is None else share * sizes.unsqueeze(-2)
-        dense = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        slot = torch.arange(n_out * n_in, device=share.device).expand(*lead, n_out * n_in)
-        flat_share = share.flatten(-2)
-        return cls(
-            source=slot % max(n_in, 1),
-            target=torch.where(flat_share > 0, slot // max(n_in, 1), -1),
-            weight=dense.flatten(-2),
+        return cls._of_matrices(
+            mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), share, anchor
+        )
+
+    @classmethod
+    def _of_matrices(cls, weight: Tensor, share: Tensor, anchor: Tensor | None = None) -> TokenMap:
+        """The map of dense ``W`` and ``P``; their entries are the edges."""
+        n_out, n_in = share.shape[-2:]
+        real = share > 0
+        made = cls(
+            source=torch.arange(n_in, device=share.device).expand(share.shape).flatten(-2),
+            target=torch.where(real, torch.arange(n_out, device=share.device).unsqueeze(-1), -1).flatten(-2),
+            weight=weight.flatten(-2),
             n_in=n_in,
             n_out=n_out,
-            share=flat_share,
+            share=share.flatten(-2),
+            anchor=anchor,
         )
+        made.__dict__.update(_full=True, mask=real.any(-1), kept=real.any(-2))
+        return made
 
     @classmethod
     def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
@@ -241,6 +262,11 @@ class TokenMap:
         return None, None
 
     @cached_property
+    def _full(self) -> bool:
+        """True where there is an edge for every entry of the matrices, in their order."""
+        return False
+
+    @cached_property
     def _drops(self) -> bool:
         return not bool(self.kept.all())
 
@@ -270,25 +296,16 @@ class TokenMap:
         return self.n_in == self.n_out and self.is_selection and bool(((self.source == slots) & self._real).all())
 
     @cached_property
-    def _edges(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The edges as :meth:`apply` wants them, as rows of features with flattened leading dimensions.
+    def _bags(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The edges as :meth:`apply` wants them: in the order of the outputs, with flattened leading dimensions.
 
-        Of each output's first edge the source and the weight (of padding, those of some edge or other); of all further
-        edges the source, the target and the weight.
+        Their sources, their weights, and where the edges of each output start; those after the last one are padding.
         """
-        edge = torch.arange(self.n_edges, device=self.device).expand(self.target.shape)
-        slot = torch.where(self._real, self.target, self.n_out)
-        first = torch.zeros(*self.lead, self.n_out + 1, dtype=torch.int64, device=self.device)
-        first = first.scatter_reduce_(-1, slot, edge, "amin", include_self=False)
-        more = (self._real & (first.gather(-1, slot) != edge)).flatten().nonzero().squeeze(-1)
-        first, row = first[..., : self.n_out], more // self.n_edges
-        return (
-            _flat(self.source.gather(-1, first), self.n_in),
-            self.weight.gather(-1, first).reshape(-1, 1),
-            self.source.reshape(-1)[more] + row * self.n_in,
-            self.target.reshape(-1)[more] + row * self.n_out,
-            self.weight.reshape(-1, 1)[more],
-        )
+        outputs = math.prod(self.lead) * self.n_out
+        slot = torch.where(self._real.flatten(), _flat(self.target, self.n_out), outputs)
+        slot, order = slot.sort(stable=True)
+        start = torch.searchsorted(slot, torch.arange(outputs + 1, device=self.device))
+        return _flat(self.source, self.n_in)[order], self.weight.flatten()[order], start
 
     @cached_property
     def owner(self) -> Tensor:
@@ -333,17 +350,15 @@ class TokenMap:
             return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
         if not self.n_edges:
             return x.new_zeros(*self.lead, self.n_out, x.shape[-1])
-        if self.n_edges > 4 * (self.n_in + self.n_out):  # many-to-many: a matrix product beats a sum over edges
-            return (self.dense() @ x.to(torch.float32)).to(x.dtype)
-        # Nearly every output of a merge has one source: gather those rows, then add the few further ones.
         # Half precision sums are kept in float32: a merged token may average hundreds of others.
-        first, weight, more, target, more_weight = self._edges
-        wide, flat = torch.promote_types(x.dtype, torch.float32), x.flatten(0, -2)
-        out = flat.index_select(0, first).to(wide).mul_(weight)
-        if more.numel():
-            out.index_add_(0, target, flat.index_select(0, more).to(wide).mul_(more_weight))
-        out = out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
-        return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.n_edges > max(4 * (self.n_in + self.n_out), self.n_in * self.n_out // 2):
+            out = (self.dense().to(wide.dtype) @ wide).to(x.dtype)  # beats a sum over so many edges
+            return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
+        source, weight, start = self._bags
+        flat, weight = wide.flatten(0, -2), weight.to(wide.dtype)
+        out = embedding_bag(source, flat, start, mode="sum", per_sample_weights=weight)[:-1]
+        return out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
 
     def unmerge(self, y: Tensor, fill: Tensor | None = None, lift: Literal["copy", "pinv"] = "copy") -> Tensor:
         """Back to the input tokens: ``(*lead, n_out, dim)`` to ``(*lead, n_in, dim)``.
@@ -361,6 +376,10 @@ class TokenMap:
             out = _rows(y, self.owner.clamp(min=0))
             if self._drops:
                 out = out.masked_fill(~self.kept.unsqueeze(-1), 0)
+        elif self._full:
+            share = self.dense_share()
+            share = share / share.sum(-2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            out = (share.transpose(-1, -2) @ y.to(torch.float32)).to(y.dtype)
         else:
             given = self._share * self._real
             total = torch.zeros(*self.lead, self.n_in, device=self.device).scatter_add_(-1, self.source, given)
@@ -376,6 +395,9 @@ class TokenMap:
         if total is not None and weighed is sizes:
             return total
         _check_shape("sizes", sizes, (*self.lead, self.n_in))
+        if self._full:
+            share = self.dense_share()
+            return share.sum(-1) if sizes is None else (share @ sizes.to(share.dtype).unsqueeze(-1)).squeeze(-1)
         given = self._share if sizes is None else self._share * sizes.gather(-1, self.source)
         return self._scatter(given, self.n_out)
 
@@ -430,7 +452,7 @@ class TokenMap:
             )
         weight = after.dense() @ self.dense()
         share = after._dense(after._share) @ self._dense(self._share)
-        return replace(TokenMap.transform(share), weight=weight.flatten(-2), anchor=anchor)
+        return TokenMap._of_matrices(weight, share, anchor)
 
     def provenance(self) -> list[list[list[tuple[int, float]]]]:
         """For every batch row (leading dimensions flattened) and output: its ``(input token, weight)`` pairs."""
@@ -463,6 +485,8 @@ class TokenMap:
         return out.scatter_add_(-1, slot, values.to(out.dtype))[..., :n]
 
     def _dense(self, values: Tensor) -> Tensor:
+        if self._full:
+            return values.view(*self.lead, self.n_out, self.n_in)
         slot = torch.where(self._real, self.target * self.n_in + self.source, self.n_out * self.n_in)
         out = torch.zeros(*self.lead, self.n_out * self.n_in + 1, device=self.device)
         out.scatter_add_(-1, slot, values.to(out.dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from types import TracebackType
 from typing import Any
 
@@ -99,8 +99,8 @@ class Forward:
     """``(batch, n_out, dim)``, what the method's own merging adds to the average."""
     whole: Tensor | None = None
     """The layer's full attention, if a method asked for it."""
-    fused: Tensor | None = None
-    """Attention of the reduced tokens that takes the place of the layer's own."""
+    before: tuple[Tensor, Tensor, Tensor | None] | None = None
+    """Queries, keys and bias of before the reduction, where their attention takes the place of the layer's own."""
     attended: bool = False
     """The layer's attention has asked for what takes its place."""
     partial: bool = False
@@ -214,6 +214,7 @@ class Forward:
         grid = (1, 1, tokens - 1) if family.text else self.grid
         segments = {} if self.segments is None else {"segments": rows.take(self.segments)}
 
+        @cache
         def heads(which: int) -> Tensor:
             path = (family.query, family.key)[which]
             return parts.split(self.layer, path, rows.take(project()[path]), which)
@@ -222,12 +223,12 @@ class Forward:
             everything = asked == slice(None) if isinstance(asked, slice) else False
             if everything and rows.all and self.whole is not None:
                 return self.whole
-            scores = heads(0)[:, :, asked] @ heads(1).transpose(-1, -2) * self._scaling
+            scores = (heads(0)[:, :, asked] * self.scaling) @ heads(1).transpose(-1, -2)
             sizes = rows.take(self.sizes) if self.sizes is not None and self.prop_attn else None
             last = None if self.last is None else rows.take(self.last)
             bias = attention_bias(sizes, None, last)
             if bias is not None:
-                scores = scores + (bias if bias.shape[-2] == 1 else bias[:, :, asked])
+                scores += bias if bias.shape[-2] == 1 else bias[:, :, asked]
             out = torch.softmax(scores, dim=-1)
             if everything and rows.all:
                 self.whole = out
@@ -258,20 +259,15 @@ class Forward:
         front = (slot < self.prefix).expand(h.shape[:2])
         return front if self.guarded is None else front | rows.take(self.guarded)
 
-    def full_attention(self, project: Callable[[], dict[str, Tensor]]) -> Tensor:
-        """Softmax attention of all tokens, padding included: ``(batch, heads, tokens, tokens)``."""
-        if self.whole is None:
-            family, seen = self.parts.family, project()
-            queries, keys = (
-                self.parts.split(self.layer, p, seen[p], n) for n, p in enumerate((family.query, family.key))
-            )
-            scores = queries @ keys.transpose(-1, -2) * self._scaling
-            bias = attention_bias(self.sizes if self.prop_attn else None, self.real, self.last)
-            self.whole = torch.softmax(scores if bias is None else scores + bias, dim=-1)
-        return self.whole
+    def attention_ahead(self, project: Callable[[], dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The queries, the keys and the bias of this layer as it would be without a reduction."""
+        family, seen = self.parts.family, project()
+        queries, keys = (self.parts.split(self.layer, p, seen[p], n) for n, p in enumerate((family.query, family.key)))
+        return queries, keys, attention_bias(self.sizes if self.prop_attn else None, self.real, self.last)
 
     @property
-    def _scaling(self) -> float:
+    def scaling(self) -> float:
+        """Factor on ``q·k`` in this layer."""
         attention = self.parts.attentions[self.layer]
         scaling = getattr(attention, "scaling", getattr(attention, "scale", None))
         return float(scaling) if isinstance(scaling, float) else self.parts.head_dim**-0.5

@@ -39,7 +39,7 @@ from ..core.costs import attention_flops, linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
-from ..ops.attention import augment_keys, fuse_attention, per_head
+from ..ops.attention import attend_fused, augment_keys, per_head
 from .attention import BASES, replace_attention
 from .encoder import part
 from .encoder_forward import Forward, Parts, attention_bias
@@ -292,14 +292,14 @@ class _Runtime:
         if torch.is_grad_enabled():
             h._tokenthrift_layer = now.snapshot("")
         now.layer += 1
-        now.map = now.excess = now.whole = now.fused = None
+        now.map = now.excess = now.whole = now.before = None
         now.attended = False
         x = h
         if self.placement != "between":
             with now:
                 x = self.at_boundary(now, h)
-        n = x.shape[1]
-        now.widths.append((n, n if now.map is None else now.map.n_out, n))
+        n, attending = x.shape[1], h.shape[1] if now.before else x.shape[1]
+        now.widths.append((n, attending if now.map is None else now.map.n_out, n))
         if torch.is_grad_enabled():
             x._tokenthrift_inside = now.snapshot("")
         bias = self.layer_bias(now, x.dtype)
@@ -325,7 +325,7 @@ class _Runtime:
             now.map = now.around[now.layer] = map
             return h
         if getattr(self.method, "fused_attention", False):
-            now.fused = fuse_attention(now.full_attention(project), map)
+            now.before = now.attention_ahead(project)
             now.ahead.append(h.shape[1])
         now.commit(map)
         return map.apply(h) if combined is None else combined
@@ -394,7 +394,7 @@ class _Runtime:
         now = self.now
         if now is None:
             return None
-        due = now.fused is not None or ("kernel" in self.on and now.map is not None)
+        due = now.before is not None or ("kernel" in self.on and now.map is not None)
         if due and not now.attended:
             raise ThriftError(
                 f"{self.name} replaces the attention of {type(self.encoder).__name__}, which does not call "
@@ -477,15 +477,17 @@ class _Runtime:
     def attend_fused(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
-        if self.now is None or self.now.fused is None:
+        now = self.now
+        if now is None or now.before is None:
             return run(query, key, value, mask)
-        if self.now.fused.shape[1] != query.shape[1]:
+        queries, keys, bias = now.before
+        if queries.shape[1] != query.shape[1]:
             raise ThriftError(
-                f"{self.name} has attention of {self.now.fused.shape[1]} heads, {type(self.encoder).__name__} asks for "
+                f"{self.name} has attention of {queries.shape[1]} heads, {type(self.encoder).__name__} asks for "
                 f"{query.shape[1]} (differential attention?): take a method that leaves attention alone, such as tome"
             )
-        self.now.attended = True
-        return self.now.fused.to(value.dtype) @ value
+        now.attended = True
+        return attend_fused(queries, keys, value, now.maps[-1], scaling, bias, now.whole)
 
     def attend_augmented(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
 
 from ..core.tokenmap import TokenMap
 
@@ -90,6 +90,8 @@ def fuse_attention(attention: Tensor, map: TokenMap) -> Tensor:
     A merged query attends as its sources do on average; a merged key receives what its sources received together, so
     rows that sum to one still do (Multi-criteria Token Fusion, arXiv 2403.10030, section 3.3).
 
+    This is the reference; :func:`attend_fused` is what layers use.
+
     Args:
         attention: ``(batch, heads, n_in, n_in)``.
         map: of ``(batch,)`` rows with ``n_in`` tokens.
@@ -97,15 +99,44 @@ def fuse_attention(attention: Tensor, map: TokenMap) -> Tensor:
     Returns:
         ``(batch, heads, n_out, n_out)``.
     """
-    batch, heads, n, _ = attention.shape
-    if map.exclusive:  # a sum over the sources of each key
-        owner = torch.where(map.owner < 0, map.n_out, map.owner)[:, None, None].expand(batch, heads, n, n)
-        columns = attention.new_zeros(batch, heads, n, map.n_out + 1).scatter_add_(-1, owner, attention)
-        columns = columns[..., : map.n_out]
+    rows, columns = (matrix.unsqueeze(1).to(attention.dtype) for matrix in (map.dense(), map.dense_share()))
+    return rows @ attention @ columns.transpose(-1, -2)
+
+
+def attend_fused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    map: TokenMap,
+    scaling: float,
+    bias: Tensor | None = None,
+    attention: Tensor | None = None,
+) -> Tensor:
+    """What merged tokens get from fused attention: ``W (A (P^T V))``, which no matrix has to be fused for.
+
+    ``P^T V`` hands every token before the merge the value of the token that it is a part of.
+
+    Args:
+        queries, keys: ``(batch, heads, n_in, dim)`` of before the merge.
+        values: ``(batch, heads, n_out, dim)`` of after it.
+        map: the merge.
+        scaling: factor on ``q·k``.
+        bias: to be added to the scores.
+        attention: ``A`` ``(batch, heads, n_in, n_in)`` if it is known: then queries and keys are not read.
+
+    Returns:
+        ``(batch, heads, n_out, dim)``.
+    """
+    if map.exclusive and map.share is None:
+        spread = per_head(map.unmerge, values)
     else:
-        columns = attention @ map.dense_share().unsqueeze(1).transpose(-1, -2).to(attention.dtype)
-    rows = map.apply(columns.transpose(1, 2).flatten(2))
-    return rows.view(batch, map.n_out, heads, map.n_out).transpose(1, 2)
+        spread = map.dense_share().unsqueeze(1).transpose(-1, -2).to(values.dtype) @ values
+    if attention is None:
+        mask = None if bias is None else bias.to(queries.dtype)
+        mixed = scaled_dot_product_attention(queries, keys, spread, attn_mask=mask, scale=scaling)
+    else:
+        mixed = attention.to(spread.dtype) @ spread
+    return per_head(map.apply, mixed)
 
 
 def augment_keys(

@@ -12,9 +12,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import embedding_bag, layer_norm, normalize
 
 Metric = Literal["euclidean", "cosine"]
+
+PLAIN_FROM = 0.03
+"""From this ``eps`` on the exponentials of Sinkhorn's iterations stay within float32, without logarithms."""
 
 
 def distances(x: Tensor, metric: Metric = "euclidean") -> Tensor:
@@ -81,10 +84,11 @@ def k_medoids(
     """
     x = unit_rows(x) if pre_norm else x
     d = distances(x, metric)
+    d = d + d.transpose(-1, -2)  # twice as far, but exactly symmetric: two members must not differ by a rounding error
     medoids = farthest_first(x, k, d=d)
     for _ in range(iterations):
         assign = _nearest(d, medoids)
-        within = (d * (assign.unsqueeze(-1) == assign.unsqueeze(-2))).sum(-1)
+        within = _to_each(d, assign, medoids.shape[1]).gather(1, assign.unsqueeze(1)).squeeze(1)
         moved = _lowest_of_each(within, assign, medoids.shape[1])
         if torch.equal(moved, medoids):
             break
@@ -118,8 +122,17 @@ def weighted_k_medoids(x: Tensor, k: int, weight: Tensor, iterations: int = 3) -
 
 def _nearest(d: Tensor, medoids: Tensor) -> Tensor:
     """``(batch, tokens)``: which medoid is nearest to each token; to a medoid it is itself."""
-    to_medoids = d.gather(1, medoids.unsqueeze(-1).expand(-1, -1, d.shape[-1]))  # (batch, k, tokens)
-    return to_medoids.scatter_(2, medoids.unsqueeze(-1), -1.0).argmin(1)
+    row = torch.arange(len(d), device=d.device).unsqueeze(-1)
+    to_medoids = d[row, medoids]  # (batch, k, tokens)
+    return to_medoids.scatter_(2, medoids.unsqueeze(-1), -1.0).min(1).indices
+
+
+def _to_each(d: Tensor, assign: Tensor, k: int) -> Tensor:
+    """``(batch, k, tokens)``: the sum of each token's distances to the members of each cluster."""
+    batch, tokens = assign.shape
+    slot, order = (assign + k * torch.arange(batch, device=d.device).unsqueeze(1)).flatten().sort(stable=True)
+    start = torch.searchsorted(slot, torch.arange(batch * k, device=d.device))
+    return embedding_bag(order, d.flatten(0, 1), start, mode="sum").view(batch, k, tokens)
 
 
 def _lowest_of_each(cost: Tensor, assign: Tensor, k: int) -> Tensor:
@@ -168,7 +181,7 @@ def dpc_knn(x: Tensor, k: int, neighbours: int = 5, noise: Tensor | None = None)
 
 
 def sinkhorn_shares(x: Tensor, centres: Tensor, eps: float = 1.0, iterations: int = 3) -> Tensor:
-    """Optimal transport from tokens to centres by Sinkhorn's iterations in the log domain (arXiv 2308.04657).
+    """Optimal transport from tokens to centres by Sinkhorn's iterations (arXiv 2308.04657).
 
     The reward is the cosine between token and centre, all marginals are the same, and the result is scaled such that
     every token hands out a mass of 1. What the centres receive is even only in the limit of many iterations.
@@ -181,6 +194,12 @@ def sinkhorn_shares(x: Tensor, centres: Tensor, eps: float = 1.0, iterations: in
     """
     x, centres = (normalize(t.to(torch.float32), dim=-1) for t in (x, centres))
     scores = centres @ x.transpose(-1, -2) / eps
+    if eps >= PLAIN_FROM:
+        shares, of_token = scores.exp_(), torch.ones_like(scores[:, 0])
+        for _ in range(iterations):
+            of_centre = 1 / (shares @ of_token.unsqueeze(-1)).squeeze(-1)
+            of_token = 1 / (of_centre.unsqueeze(-2) @ shares).squeeze(-2)
+        return shares * of_centre.unsqueeze(-1) * of_token.unsqueeze(-2)
     of_token = torch.zeros_like(scores[:, :1])
     for _ in range(iterations):
         of_centre = -(scores + of_token).logsumexp(-1, keepdim=True)

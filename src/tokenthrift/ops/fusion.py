@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .matching import Groups, most_mergeable
+from .matching import Groups, free_in_each, most_mergeable, set_apart
 
 
 def multi_criteria_matching(
@@ -49,22 +49,25 @@ def multi_criteria_matching(
     if from_a + from_b <= 0:
         return None
     scores = _scores(metric, received, sizes, tau_sim, tau_info, tau_size)
-    if protected is not None:
-        apart = protected[:, ::2, None] | protected[:, None, 1::2]
-        scores = scores.masked_fill(apart, -torch.inf)
+    set_apart(scores, protected)
 
     joins = torch.arange(tokens, device=metric.device).repeat(batch, 1)
+    row = torch.arange(batch, device=metric.device).unsqueeze(1)
+    leave = []
     if from_a:
         best, partner = scores.max(2)
         chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :from_a]
-        joins = joins.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)
-        scores = scores.masked_fill((joins[:, ::2] % 2 == 1).unsqueeze(2), -torch.inf)  # gone: no partner any more
+        leave.append(2 * chosen)
+        joins.scatter_(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)
+        scores[row, chosen] = -torch.inf  # gone: no partner any more
     if from_b:
         best, partner = scores.max(1)
         chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :from_b]
-        joins = joins.scatter(1, 2 * chosen + 1, 2 * partner.gather(1, chosen))
+        leave.append(2 * chosen + 1)
+        joins.scatter_(1, 2 * chosen + 1, 2 * partner.gather(1, chosen))
         joins = joins.gather(1, joins)  # from A to B and with it back to A: no chain is longer
-    return groups_of(joins, tokens - from_a - from_b)
+    giver = torch.cat(leave, dim=1)
+    return Groups.of_pairs(giver, joins.gather(1, giver), tokens)
 
 
 def groups_of(joins: Tensor, n_groups: int) -> Groups:
@@ -92,7 +95,7 @@ def _directions(tokens: int, r: int, protected: Tensor | None, bidirectional: bo
     if protected is None:
         a, b = (tokens + 1) // 2, tokens // 2
     else:
-        a, b = (int((~protected[:, start::2]).sum(-1).min()) for start in (0, 1))
+        a, b = free_in_each(tokens, protected)
     from_a = min(r // 2, a - 1)  # one of A must be left to receive
     return from_a, min(r - from_a, b)
 
@@ -105,12 +108,15 @@ def _scores(
     a, b = metric[:, ::2], metric[:, 1::2]
     if tau_sim:
         # Rounding may put a cosine just below -1, and a root of what is below 0 is not a number.
-        scores = ((a @ b.transpose(-1, -2) + 1) / 2).clamp(min=0) ** (1 / tau_sim)
+        scores = (a @ b.transpose(-1, -2)).add_(1).div_(2).clamp_(min=0)
+        if tau_sim != 1:
+            scores = scores ** (1 / tau_sim)
     else:
         scores = metric.new_ones(metric.shape[0], a.shape[1], b.shape[1])
     for values, tau in ((received, tau_info), (sizes, tau_size)):
         if tau and values is not None:
             inverse = 1 / values.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
             inverse = inverse / inverse.amax(-1, keepdim=True)
-            scores = scores * (inverse[:, ::2, None] * inverse[:, None, 1::2]) ** (1 / tau)
+            root = inverse ** (1 / tau)  # of the tokens, not of their pairs
+            scores = scores.mul_(root[:, ::2, None]).mul_(root[:, None, 1::2])
     return scores

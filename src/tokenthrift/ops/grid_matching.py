@@ -32,7 +32,7 @@ def match_to(
     Returns:
         The groups, or None when nothing can be merged. All rows remove the same number of tokens.
     """
-    batch, tokens, _ = metric.shape
+    tokens = metric.shape[1]
     gives = ~receives if protected is None else ~receives & ~protected
     giver, receiver = gives.nonzero().squeeze(-1), receives.nonzero().squeeze(-1)
     r = min(r, giver.numel()) if receiver.numel() else 0
@@ -43,15 +43,7 @@ def match_to(
     found = [(metric[:, part] @ into).max(-1) for part in torch.split(giver, chunk)]
     best, partner = torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
     chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :r]
-
-    leaves = giver[chosen]
-    merged = torch.zeros(batch, tokens, dtype=torch.bool, device=metric.device).scatter_(1, leaves, True)
-    slot = (~merged).cumsum(-1) - 1  # of survivors: their rank
-    return Groups(
-        group=slot.scatter(1, leaves, slot.gather(1, receiver[partner.gather(1, chosen)])),
-        n_groups=tokens - r,
-        anchor=merged.to(torch.uint8).argsort(dim=-1, stable=True)[:, : tokens - r],
-    )
+    return Groups.of_pairs(giver[chosen], receiver[partner.gather(1, chosen)], tokens)
 
 
 def one_per_cell(draw: Tensor, height: int, width: int, cell: tuple[int, int]) -> Tensor:

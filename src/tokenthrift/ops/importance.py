@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core.view import View
 
-BLOCK = 128
+BLOCK = 64
 """Query rows that are computed at once, so that no tokens × tokens matrix is held."""
 
 
@@ -29,11 +29,17 @@ def importance(view: View) -> Tensor:
     return result
 
 
-def attention_received(view: View) -> Tensor:
-    """Attention that each token receives from all tokens, mean over heads: ``(batch, tokens)`` float32."""
+def attention_received(view: View, at_once: int = 0) -> Tensor:
+    """Attention that each token receives from all tokens, mean over heads: ``(batch, tokens)`` float32.
+
+    The matrix of up to ``at_once`` tokens is asked for as a whole: pays where the layer uses it again.
+    """
     tokens = view.features.shape[1]
+    if tokens <= at_once:
+        whole: Tensor = view.attention(slice(None)).to(torch.float32)
+        return whole.sum(2).mean(1)
     received = torch.zeros(view.features.shape[:2], device=view.features.device)
     for start in range(0, tokens, BLOCK):
         rows = view.attention(slice(start, min(start + BLOCK, tokens)))
-        received += rows.to(torch.float32).mean(1).sum(1)
+        received += rows.to(torch.float32).sum(2).mean(1)
     return received

@@ -20,13 +20,13 @@ class Groups(NamedTuple):
         group: ``(batch, tokens)`` int64, the group that each token joins; -1 drops the token.
         n_groups: number of groups.
         anchor: ``(batch, n_groups)`` int64, the token that each group stands at.
-        giver: ``(batch, r)`` int64, all other tokens, if they are known; makes using the map faster.
+        whole: known that no token is dropped and no group is empty, which makes the map faster to use.
     """
 
     group: Tensor
     n_groups: int
     anchor: Tensor
-    giver: Tensor | None = None
+    whole: bool = False
 
     @classmethod
     def of_pairs(cls, giver: Tensor, receiver: Tensor, tokens: int) -> Groups:
@@ -43,12 +43,12 @@ class Groups(NamedTuple):
         batch, n_groups = anchor.shape
         slot = torch.arange(n_groups, device=anchor.device).expand(batch, -1)
         group = anchor.new_zeros(batch, n_groups + giver.shape[1]).scatter_(1, anchor, slot)
-        return cls(group.scatter_(1, giver, group.gather(1, receiver)), n_groups, anchor, giver)
+        return cls(group.scatter_(1, giver, group.gather(1, receiver)), n_groups, anchor, whole=True)
 
     def map(self, sizes: Tensor | None = None) -> TokenMap:
         """The map that averages every group, weighted by the ``sizes`` ``(batch, tokens)`` of its tokens."""
-        if self.giver is not None:
-            return TokenMap.join(self.group, self.anchor, self.giver, sizes)
+        if self.whole:
+            return TokenMap.join(self.group, self.anchor, sizes)
         return TokenMap.merge(self.group, self.n_groups, weight=sizes, anchor=self.anchor)
 
 
@@ -77,17 +77,8 @@ def bipartite_soft_matching(
         return None
     metric = normalize(metric.to(torch.float32), dim=-1)
     scores = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
-    front = _leading(protected)
-    if front:
-        scores[:, :, : front // 2] = -torch.inf
-    elif protected is not None and front is None:
-        row, column = protected[:, 1::2].nonzero(as_tuple=True)  # few: no pass over the whole matrix
-        scores[row, :, column] = -torch.inf
+    set_apart(scores, protected)
     best, partner = scores.max(-1)
-    if front:
-        best[:, : (front + 1) // 2] = -torch.inf
-    elif protected is not None and front is None:
-        best = best.masked_fill(protected[:, ::2], -torch.inf)
     ranked = best.argsort(dim=-1, descending=True, stable=True)
     chosen, left = ranked[:, :r], ranked[:, r:]
     giver, receiver = 2 * chosen, 2 * partner.gather(1, chosen) + 1
@@ -99,6 +90,19 @@ def bipartite_soft_matching(
         return Groups.standing_at(torch.cat([2 * left, in_b.nonzero()[:, 1].view(batch, -1)], dim=-1), giver, receiver)
     part = (in_b + 1).masked_fill(protected, 0).scatter(1, giver, 3)
     return Groups.standing_at(part.argsort(dim=-1, stable=True)[:, : tokens - r], giver, receiver)
+
+
+def set_apart(scores: Tensor, protected: Tensor | None) -> None:
+    """Write -inf to the ``scores`` ``(batch, A, B)`` of all pairs with a protected token, row by row: they are few."""
+    if protected is None:
+        return
+    front = _leading(protected)
+    if front is None:
+        for of_pair, mask in ((scores, protected[:, ::2]), (scores.transpose(1, 2), protected[:, 1::2])):
+            of_pair[mask.nonzero(as_tuple=True)] = -torch.inf
+    else:
+        scores[:, : (front + 1) // 2] = -torch.inf
+        scores[:, :, : front // 2] = -torch.inf
 
 
 def leading(count: int, batch: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
@@ -157,13 +161,30 @@ def most_mergeable(tokens: int, protected: Tensor | None = None) -> int:
     """The most tokens that one round of bipartite matching can remove from every row of the batch."""
     front = 0 if protected is None else _leading(protected)
     if front is not None:
-        in_a, in_b = (tokens + 1) // 2 - (front + 1) // 2, tokens // 2 - front // 2
+        in_a, in_b = free_in_each(tokens, protected)
         return max(min((in_a + in_b) // 2, in_a), 0) if in_b > 0 else 0
     assert protected is not None
     free = ~protected
     givers, takers = free[:, ::2].sum(-1), free[:, 1::2].sum(-1)
     most = torch.minimum((givers + takers) // 2, givers) * (takers > 0)
     return int(most.min()) if most.numel() else 0
+
+
+def free_in_each(tokens: int, protected: Tensor | None) -> tuple[int, int]:
+    """The unprotected tokens at even positions, and those at odd ones: of each as many as every row has."""
+    front = 0 if protected is None else _leading(protected)
+    if front is not None:
+        return (tokens + 1) // 2 - (front + 1) // 2, tokens // 2 - front // 2
+    assert protected is not None
+    in_a, in_b = (int((~protected[:, start::2]).sum(-1).min()) for start in (0, 1))
+    return in_a, in_b
+
+
+def fewest_free(protected: Tensor) -> int:
+    """How many unprotected tokens every row has at least."""
+    front = _leading(protected)
+    free = (~protected).sum(-1).min() if front is None else protected.shape[1] - front
+    return max(int(free), 0)
 
 
 def merged_pairs(map: TokenMap, metric: Tensor) -> tuple[Tensor, Tensor]:

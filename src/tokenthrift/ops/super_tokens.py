@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, fold, pad, unfold
+from torch.nn.functional import pad
 
 from ..core.tokenmap import TokenMap
 
@@ -35,25 +35,42 @@ def super_tokens(x: Tensor, cell: Cell, iterations: int = 1) -> tuple[Tensor, Te
         a pixel divides itself between the 3 x 3 super tokens around its cell. Neighbours outside the map are zero
         vectors, which take their part of the softmax too. Gradients flow through the pixels, not the association.
     """
-    channels, height, width = x.shape[1:]
-    rows, columns = height // cell[0], width // cell[1]
-    pixels = _by_cell(x, cell)
-    tokens = avg_pool2d(x, cell)
-    for left in reversed(range(max(iterations, 1))):
-        with torch.no_grad():
-            association = (pixels @ _around(tokens) * channels**-0.5).softmax(-1)
-        # Only the last round's super tokens are wanted with a gradient: the others end in the association.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not left):
-            total = _gather_in(pixels.transpose(-1, -2) @ association, rows, columns)
-            mass = _gather_in(association.sum(-2, keepdim=True), rows, columns)
-            tokens = total / (mass + 1e-12)
-    return tokens, association
+    rows, columns = x.shape[-2] // cell[0], x.shape[-1] // cell[1]
+    near, pixels = _near(rows, columns, x.device), _by_cell(x, cell)
+    association = _associate(pixels, near, iterations)
+    tokens = _means(pixels, association, near)
+    return tokens.transpose(1, 2).view(len(x), -1, rows, columns), association
+
+
+def associate(x: Tensor, cell: Cell, iterations: int = 1) -> Tensor:
+    """The association alone, as :func:`super_tokens` gives it, without the averages of the last round."""
+    near = _near(x.shape[-2] // cell[0], x.shape[-1] // cell[1], x.device)
+    return _associate(_by_cell(x, cell), near, iterations)
+
+
+@torch.no_grad()  # the association has none, and so neither have the super tokens that lead to it
+def _associate(pixels: Tensor, near: Tensor, iterations: int) -> Tensor:
+    def compare(tokens: Tensor) -> Tensor:
+        similar = pixels @ _around(tokens, near).transpose(-1, -2)
+        return torch.softmax(similar * pixels.shape[-1] ** -0.5, -1)
+
+    association = compare(pixels.mean(2))
+    for _ in range(iterations - 1):
+        association = compare(_means(pixels, association, near))
+    return association
+
+
+def _means(pixels: Tensor, association: Tensor, near: Tensor) -> Tensor:
+    """The super tokens ``(batch, cells, channels)``."""
+    given = association.transpose(-1, -2)
+    return _gather_in(given @ pixels, near) / (_gather_in(given.sum(-1, keepdim=True), near) + 1e-12)
 
 
 def spread(tokens: Tensor, association: Tensor, cell: Cell) -> Tensor:
     """Super tokens ``(batch, channels, rows, columns)`` back to pixels, each the mix that its association says."""
     batch, channels, rows, columns = tokens.shape
-    pixels = association @ _around(tokens).transpose(-1, -2)
+    near = _near(rows, columns, tokens.device)
+    pixels = association @ _around(tokens.flatten(2).transpose(1, 2), near)
     pixels = pixels.view(batch, rows, columns, *cell, channels)
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * cell[0], columns * cell[1])
 
@@ -133,13 +150,18 @@ def _by_cell(x: Tensor, cell: Cell) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, cell[0] * cell[1], channels)
 
 
-def _around(tokens: Tensor) -> Tensor:
-    """The 3 x 3 neighbours of every super token: ``(batch, cells, channels, 9)``; zero outside the map."""
-    batch, channels = tokens.shape[:2]
-    return unfold(tokens, 3, padding=1).view(batch, channels, 9, -1).permute(0, 3, 1, 2)
+def _near(rows: int, columns: int, device: torch.device) -> Tensor:
+    """The 3 x 3 cells around each, ``(cells, 9)``; places outside the map have the number of cells as theirs."""
+    near = _places(rows, columns, (1, 1), device)[1].squeeze(1)
+    return torch.where(near < 0, rows * columns, near)
 
 
-def _gather_in(parts: Tensor, rows: int, columns: int) -> Tensor:
-    """Sum what every cell sends to its 3 x 3 neighbours: ``(batch, cells, c, 9)`` to ``(batch, c, rows, columns)``."""
-    batch, _, channels, _ = parts.shape
-    return fold(parts.permute(0, 2, 3, 1).reshape(batch, channels * 9, -1), (rows, columns), 3, padding=1)
+def _around(tokens: Tensor, near: Tensor) -> Tensor:
+    """The neighbours of every super token ``(batch, cells, c)``: ``(batch, cells, 9, c)``; zero outside the map."""
+    return pad(tokens, (0, 0, 0, 1))[:, near]
+
+
+def _gather_in(parts: Tensor, near: Tensor) -> Tensor:
+    """Sum what every cell sends to its neighbours: ``(batch, cells, 9, c)`` to ``(batch, cells, c)``."""
+    sent = near * 9 + torch.arange(8, -1, -1, device=near.device)  # I am to its left, it is to my right
+    return pad(parts.flatten(1, 2), (0, 0, 0, 9))[:, sent].sum(2)

@@ -6,8 +6,6 @@ stand at, so that a prefix stays in front. All rows of a batch protect the same 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -68,4 +66,4 @@ def shares_to_map(protected: Tensor, anchors: Tensor, shares: Tensor, sizes: Ten
     full[:, own:].scatter_(2, free.unsqueeze(1).expand(-1, k, -1), shares)
     full[:, :own].scatter_(2, held.unsqueeze(-1), 1.0)
     anchor, order = torch.cat([held, free.gather(1, anchors)], dim=1).sort(dim=-1)
-    return replace(TokenMap.transform(take(full, order), sizes), anchor=anchor)
+    return TokenMap.transform(take(full, order), sizes, anchor)

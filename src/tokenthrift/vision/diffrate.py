@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.fusion import groups_of
+from ..ops.matching import fewest_free
 from ..ops.rates import prune_and_merge, rank_tokens
 from ..ops.schedules import check_removal, to_remove
 
@@ -84,7 +84,7 @@ class DiffRate:
         prune, merge = self._kept(view)
         if merge < tokens:
             # What is protected stays, and one more to receive what merges.
-            merge = min(max(merge, int(view.protected.sum(-1).max()) + 1), tokens)
+            merge = min(max(merge, tokens - fewest_free(view.protected) + 1), tokens)
             prune = max(prune, merge)
         if merge >= tokens:
             return None
@@ -97,7 +97,8 @@ class DiffRate:
         groups = groups_of(joins, merge)
         if prune == merge:
             return TokenMap.select(groups.anchor, tokens)
-        return replace(groups.map(), share=similarity.clamp(min=LEAST_SHARE))
+        share = similarity.clamp(min=LEAST_SHARE)
+        return TokenMap.join(groups.group, groups.anchor, share=share, drops=prune < tokens)
 
     def _kept(self, view: View) -> tuple[int, int]:
         """Tokens to keep after pruning and after merging: ``merge <= prune <= tokens``."""

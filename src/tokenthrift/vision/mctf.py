@@ -12,10 +12,13 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.fusion import multi_criteria_matching
+from ..ops.importance import attention_received
 from ..ops.schedules import Removal, check_removal, to_remove
 
 FEWEST = 10
 """Tokens that are never merged further, prefix included; the authors' number."""
+SMALL = 512
+"""Tokens whose attention is held as a whole, so that it need not be computed twice; of more it would be too large."""
 POOLINGS = ("size", "attention", "max", "mean")
 """The authors' pooling types 0 to 3, in this order."""
 
@@ -33,7 +36,7 @@ class MCTF:
     In every layer but the first, the attention of all tokens is computed one step ahead. Pairs score high that are
     alike, little attended to and small (``ops/fusion.py`` has the formula). With ``one_step_ahead`` the fused tokens
     then use that same attention, its columns summed and its rows averaged over each group, instead of new queries and
-    keys. This needs whole attention maps, ``tokens²`` numbers a head, in the layers that merge.
+    keys. The map of up to 512 tokens is held in between; of more, it is computed in blocks, and again by the layer.
 
     ``keep=1.0`` and ``r=0`` change nothing; never are fewer than 10 tokens left (in the authors' code a share may leave
     fewer). The authors fine-tune for 30 epochs with a consistency loss; what is here is their inference.
@@ -93,7 +96,7 @@ class MCTF:
         if r <= 0:
             return None
         reads_attention = self.tau_info or self.pooling == "attention"
-        received = view.attention(slice(None)).mean((1, 2)) if reads_attention else None
+        received = attention_received(view, SMALL) / view.features.shape[1] if reads_attention else None
         groups = multi_criteria_matching(
             view.features,
             r,

@@ -14,7 +14,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.clustering import ranked
-from ..ops.matching import Groups, bipartite_soft_matching, most_similar
+from ..ops.matching import Groups, bipartite_soft_matching, fewest_free, most_similar
 from ..ops.schedules import Removal, check_removal, check_share, to_remove
 
 PAPER = "Accelerating Transformers with Spectrum-Preserving Token Merging"
@@ -140,7 +140,7 @@ def energy(metric: Tensor, margin: float, protected: Tensor) -> Tensor:
     Returns:
         ``(batch, tokens)``, ``-inf`` for protected tokens.
     """
-    return _mean_over_free(elu(metric @ metric.transpose(-1, -2) - margin), protected)
+    return _mean_over_free(elu((metric @ metric.transpose(-1, -2)).sub_(margin), inplace=True), protected)
 
 
 def gaussian_energy(metric: Tensor, margin: float, protected: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def upper_into_lower(metric: Tensor, scores: Tensor, r: int) -> Groups:
 
 
 def _mean_over_free(affinity: Tensor, protected: Tensor) -> Tensor:
-    free = ~protected
-    total = (affinity * free.unsqueeze(1)).sum(-1)
+    free = (~protected).to(affinity.dtype)
+    total = (affinity @ free.unsqueeze(-1)).squeeze(-1)
     return (total / free.sum(-1, keepdim=True)).masked_fill(protected, -torch.inf)
 
 
@@ -187,7 +187,7 @@ def _to_remove(view: View, keep: float, r: Removal | None, ratio: float | None, 
     wanted = to_remove(view, keep, r, layers) if ratio is None else int(acts and ratio < 1)
     if not wanted:
         return 0  # before anything is computed
-    free = int((~view.protected).sum(-1).min())
+    free = fewest_free(view.protected)
     return min(wanted if ratio is None else math.floor(free - free * ratio), free // 2)
 
 

@@ -14,7 +14,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.grid_matching import patch_index
 from ..ops.stages import check_iterations
-from ..ops.super_tokens import association_map, pad_to_cells, spread, super_tokens
+from ..ops.super_tokens import associate, association_map, pad_to_cells, spread, super_tokens
 
 
 @method(
@@ -63,9 +63,9 @@ class SuperTokens:
         patches = patch_index(x.shape[1], view.grid, view.prefix)
         if view.prefix and frames > 1 and int(patches[1, 0] - patches[0, -1]) > 1:
             raise ThriftError("super_tokens works on one sequence of patches, not on frames with a prefix each")
-        map = x[:, patches.to(x.device)].to(torch.float32).flatten(0, 1).transpose(1, 2).unflatten(2, (height, width))
-        map = pad_to_cells(layer_norm(map.movedim(1, -1), map.shape[1:2]).movedim(-1, 1), self.cell, "replicate")
-        _, association = super_tokens(map, self.cell, self.iterations)
+        map = layer_norm(x[:, patches.to(x.device)].to(torch.float32), x.shape[2:])
+        map = map.view(-1, height, width, x.shape[2]).movedim(-1, 1)
+        association = associate(pad_to_cells(map, self.cell, "replicate"), self.cell, self.iterations)
         return association_map(association, frames, height, width, self.cell, view.prefix)
 
 
