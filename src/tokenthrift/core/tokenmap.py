@@ -131,6 +131,7 @@ class TokenMap:
         weight: Tensor | None = None,
         share: Tensor | None = None,
         drops: bool = False,
+        giver: Tensor | None = None,
     ) -> TokenMap:
         """:meth:`merge` where no group is empty: nothing has to be searched for.
 
@@ -140,6 +141,8 @@ class TokenMap:
             weight: ``(*lead, n_in)`` non-negative masses; all one when None. A group without any mass: its plain mean.
             share: ``(*lead, n_in)`` positive, how much of its own mass each token hands on; all of it when None.
             drops: some tokens are dropped: their ``group`` is -1.
+            giver: ``(*lead, n_in - n_out)`` int64, all tokens but the anchors, where each of these is in its group. If
+                they are few, features are merged faster.
         """
         n_in, n_out = group.shape[-1], anchor.shape[-1]
         mass = torch.ones(group.shape, device=group.device) if weight is None else weight.to(torch.float32)
@@ -171,6 +174,12 @@ class TokenMap:
         )
         if share is None:
             made.__dict__["_mass"] = (weight, total[..., :n_out])
+        if giver is not None:
+            joined = group.gather(-1, giver)
+            made.__dict__["_few"] = (
+                (_flat(anchor, n_in), mean.gather(-1, anchor).view(-1, 1)),
+                (_flat(giver, n_in), mean.gather(-1, giver).view(-1, 1), _flat(joined, n_out)),
+            )
         return made
 
     @classmethod
@@ -308,6 +317,11 @@ class TokenMap:
         return _flat(self.source, self.n_in)[order], self.weight.flatten()[order], start
 
     @cached_property
+    def _few(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None:
+        """Where few tokens join others: of the anchors the sources and weights, of the others these and the targets."""
+        return None
+
+    @cached_property
     def owner(self) -> Tensor:
         """``(*lead, n_in)`` int64: the output that each input gives most of its mass to, -1 if dropped."""
         if self.exclusive:
@@ -355,8 +369,14 @@ class TokenMap:
         if self.n_edges > max(4 * (self.n_in + self.n_out), self.n_in * self.n_out // 2):
             out = (self.dense().to(wide.dtype) @ wide).to(x.dtype)  # beats a sum over so many edges
             return out.masked_fill(~self.mask.unsqueeze(-1), 0) if self.padded else out
+        flat = wide.flatten(0, -2)
+        if self._few is not None:
+            (first, of_first), (more, of_more, target) = self._few
+            out = flat.index_select(0, first).mul_(of_first)
+            out.index_add_(0, target, flat.index_select(0, more).mul_(of_more))
+            return out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
         source, weight, start = self._bags
-        flat, weight = wide.flatten(0, -2), weight.to(wide.dtype)
+        weight = weight.to(wide.dtype)
         out = embedding_bag(source, flat, start, mode="sum", per_sample_weights=weight)[:-1]
         return out.to(x.dtype).view(*self.lead, self.n_out, x.shape[-1])
 
