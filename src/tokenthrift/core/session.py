@@ -95,7 +95,12 @@ class Session:
     """
 
     def __init__(
-        self, plan: Plan, adapter: Adapter, compressor: Callable[..., Any] | None = None, processor: Any = None
+        self,
+        plan: Plan,
+        adapter: Adapter,
+        compressor: Callable[..., Any] | None = None,
+        processor: Any = None,
+        prepack: bool = False,
     ) -> None:
         # Text is reduced before it is tokenised, so no adapter installs it: `compress` is called by the user.
         self._stages = [s for s in plan.stages if s != "text"]
@@ -108,6 +113,8 @@ class Session:
         self.plan = plan
         self.adapter = adapter
         self.processor = processor
+        self.prepack = prepack
+        self.prepacked_bytes = 0
         self.records: dict[str, StageRecord] = {}
         self.forwards = 0
         self.flops = self.flops_dense = 0.0
@@ -124,6 +131,10 @@ class Session:
             raise ThriftError("this session is already installed; leave its with block before entering it again")
         with ExitStack() as undo:  # on an error half-way everything done so far is undone
             _compile_anew(undo)
+            if self.prepack:
+                from ..models.prepack import prepack_linears
+
+                self.prepacked_bytes = prepack_linears(self.adapter.model, undo)
             for stage in self._stages:
                 self.adapter.install(stage, self.plan.at(stage), self, undo)
             self._undo = undo.pop_all()
