@@ -61,6 +61,9 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     prompts = load_prompts(1 if args.profile else args.prompts_per_kind, tuple(args.kinds))
     plans = [str(Plan.of(plan)) for plan in args.plans or exact_plans()]
+    for plan in plans:
+        if "decode" not in Plan.of(plan).stages:
+            raise ThriftError(f"the plan '{plan}' has no decode stage: this script compares ways of decoding")
     model, tokenizer = tt.load(args.model)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -115,7 +118,7 @@ def groups(prompts: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def generate_once(model: Any, inputs: Any, options: dict[str, Any], plan: str | None, extra: dict[str, Any]) -> dict:
-    """Seconds, tokens, and forwards of the model itself."""
+    """Seconds, tokens, and the forwards that made them, each row's counted."""
     calls: list[int] = []
     length = inputs["input_ids"].shape[1]
     with tt.apply(plan, model) if plan else nullcontext() as session:
@@ -126,13 +129,13 @@ def generate_once(model: Any, inputs: Any, options: dict[str, Any], plan: str | 
             torch.cuda.synchronize()
         seconds, cpu = perf_counter() - start, process_time() - start_cpu
         handle.remove()
-    forwards = len(calls)
-    if session is not None and "decode" in session.records:  # drafting may run the model, too
-        forwards = session.records["decode"].tokens_after
     tokens = [without_padding(row, model, options["pad_token_id"]) for row in out.tolist()]
-    longest = max(map(len, tokens))
     new = sum(map(len, tokens))
-    return {"seconds": seconds, "cpu": cpu, "new": new, "longest": longest, "forwards": forwards, "tokens": tokens}
+    if session is not None:  # a forward brings a row one token, and those accepted; drafting may run the model, too
+        forwards = new - int(session.records["decode"].extra["accepted"])
+    else:
+        forwards = len(calls) if len(tokens) == 1 else new
+    return {"seconds": seconds, "cpu": cpu, "new": new, "forwards": forwards, "tokens": tokens}
 
 
 def without_padding(row: list[int], model: Any, pad: int) -> list[int]:
@@ -202,7 +205,7 @@ def summed(rows: list[dict[str, Any]], way: str, clock: str) -> tuple[float, flo
 
     speed = (total(way, "new") / total(way, clock)) / (total(PLAIN, "new") / total(PLAIN, clock))
     equal = sum(row["results"][way]["equal"] * row["results"][way]["new"] for row in rows) / total(way, "new")
-    return speed, total(way, "longest") / total(way, "forwards"), equal
+    return speed, total(way, "new") / total(way, "forwards"), equal
 
 
 def quoted(way: str) -> str:

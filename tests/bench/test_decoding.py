@@ -156,6 +156,23 @@ def test_the_script_takes_batches_and_profiles(
     assert re.search(r"decode=token_recycling\(\): .* outside forwards .*%", shown) and "plain: " in shown
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--plans", "cache=knorm(budget=8)"), "has no decode stage"),
+        (("--plans", "decode=prompt_lokup()"), "did you mean 'prompt_lookup'"),
+        (("--prompts-per-kind", "0"), "at least 1 prompt"),
+        (("--kinds", "chats"), "did you mean 'chat'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: tuple[str], said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run(script, capsys, monkeypatch, *args)
+    assert said in capsys.readouterr().err
+
+
 def test_a_wrong_token_shows(script: ModuleType) -> None:
     assert script.equal_share([[1, 2, 3, 4]], [[1, 2, 9, 4]]) == 0.75
     assert script.equal_share([[1, 2]], [[1, 2, 3, 4]]) == script.equal_share([[1, 2, 3, 4]], [[1, 2]]) == 0.5
