@@ -90,7 +90,8 @@ def test_generation_is_exact_and_learns_for_later_requests(llama, prompts):
     ids = torch.tensor([prompts(0), prompts(1)])
     plain = llama.generate(ids, do_sample=False, max_new_tokens=60)
     for _ in range(2):
-        with tt.apply("decode=token_recycling()", llama) as session:
+        # Not adaptive: whether drafts pay on a model this small depends on how busy the machine is.
+        with tt.apply("decode=token_recycling(adaptive=False)", llama) as session:
             assert llama.generate(ids, do_sample=False, max_new_tokens=60).tolist() == plain.tolist()
         assert session.records["decode"].tokens_after < 60
         assert session.records["decode"].extra["accepted"] > 0

@@ -54,6 +54,7 @@ def install_decode(adapter: Any, method: Any, session: Session, undo: ExitStack)
             start=getattr(method, "start_batch", None) or each_row(method.start),
             rule=getattr(method, "rule", "sample"),
             streamer=given.get("streamer"),
+            on_step=getattr(given.get("streamer"), "on_step", None),
             on_done=partial(_record, session),
         )
         return plain(*call.args, **call.kwargs)
@@ -90,3 +91,7 @@ def _record(session: Session, stats: DecodeStats) -> None:
     # Tokens a forward commits after the prefill, which commits one a call: accepted ones and the model's own.
     steps = record.tokens_after - record.calls
     extra["mean_accepted_length"] = (record.tokens_before - record.calls) / steps if steps else 0.0
+    for source, counts in stats.by_source.items():
+        record.tally("source", source, *counts)
+    for depth, counts in enumerate(stats.by_depth, start=1):
+        record.tally("depth", str(depth), *counts)
