@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
@@ -203,10 +203,8 @@ class ModelDrafters:
             forwards += 1
             following = {}
             for row, law in zip(wanted, laws, strict=True):
-                try:
+                with suppress(StopIteration):
                     following[row] = growths[row].send(law)
-                except StopIteration:
-                    pass
             wanted = following
         self._step.drafted((perf_counter() - began) / forwards)
         source, chances = self.method.info.name, self.method.adaptive  # type: ignore[attr-defined]

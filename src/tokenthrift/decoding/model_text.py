@@ -38,7 +38,9 @@ class ModelText:
         self._drafts: list[Draft | None] = [None] * len(texts)  # the same, below the first
         self._places: list[dict[int, int]] = [{} for _ in texts]  # from a row's tree to its draft
 
-    def ask(self, wanted: Mapping[int, Sequence[int]], nodes: Mapping[int, Sequence[int]], trees: Mapping[int, Tree]) -> list[Tensor]:
+    def ask(
+        self, wanted: Mapping[int, Sequence[int]], nodes: Mapping[int, Sequence[int]], trees: Mapping[int, Tree]
+    ) -> list[Tensor]:
         """The logits ``(wanted, draft vocabulary)`` after some nodes of some rows, in one forward.
 
         Args:

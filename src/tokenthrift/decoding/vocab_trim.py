@@ -93,6 +93,9 @@ def calibrate_vocabulary(
         if progress is not None:
             progress(done, len(prompts))
     ends = model.generation_config.eos_token_id
-    always = {*getattr(tokenizer, "all_special_ids", ()), *([] if ends is None else torch.tensor(ends).view(-1).tolist())}
+    always = {
+        *getattr(tokenizer, "all_special_ids", ()),
+        *([] if ends is None else torch.tensor(ends).view(-1).tolist()),
+    }
     size = int(model.config.get_text_config(decoder=True).vocab_size)
     return TokenCounts(size, dict(counts), tuple(sorted(token for token in always if 0 <= token < size)))

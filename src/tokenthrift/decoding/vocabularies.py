@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,9 +87,9 @@ def match(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, *, same
     for string, token in draft_strings.items():
         if token < own:
             columns[token] = target_strings.get(string, -1)
-    ends = [getattr(each, "eos_token_id", None) for each in (tokenizer, draft_tokenizer)]
-    if None not in ends and columns[ends[1]] < 0:
-        columns[ends[1]] = ends[0]
+    end, own_end = (getattr(each, "eos_token_id", None) for each in (tokenizer, draft_tokenizer))
+    if end is not None and own_end is not None and columns[own_end] < 0:
+        columns[own_end] = end  # whatever they are called
     common = sum(0 <= token < size for token in columns)
     if common < LEAST * len(draft_strings):
         raise ThriftError(
@@ -101,7 +101,7 @@ def match(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, *, same
 
 def _strings(tokenizer: Any, model: Any) -> Mapping[str, int] | None:
     folder = getattr(model.config, "_name_or_path", "")
-    if tokenizer is None and folder and os.path.isdir(folder):
+    if tokenizer is None and folder and Path(folder).is_dir():
         from transformers import AutoTokenizer
 
         try:

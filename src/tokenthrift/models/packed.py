@@ -40,9 +40,7 @@ class Step:
         masks: masks that layers of one kind share, made at first use.
     """
 
-    def __init__(
-        self, drafts: Sequence[Draft | None], device: torch.device, fed: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, drafts: Sequence[Draft | None], device: torch.device, fed: Sequence[int] | None = None) -> None:
         self.drafts = drafts
         self.fed = [0] * len(drafts) if fed is None else list(fed)
         self.widths = [
