@@ -16,6 +16,7 @@ from tokenthrift.decoding.draft import ROOT, Draft
 from tokenthrift.decoding.draft_model import DraftModel
 from tokenthrift.decoding.dyspec import DySpec
 from tokenthrift.decoding.growing import Tree, Trust, pick
+from tokenthrift.decoding.planner import Planner
 from tokenthrift.decoding.rsd import RSD
 from tokenthrift.decoding.rules import rule_of
 from tokenthrift.decoding.sequoia import Sequoia
@@ -215,6 +216,20 @@ def test_guesses_drawn_without_replacement_have_the_law_of_draws_in_order():
         law = q[:, None] * q / (1 - q[:, None]) * 4000
         off = ~torch.eye(4, dtype=torch.bool)
         assert float(((counts - law) ** 2 / law)[off].sum()) < 31.26  # the 0.999 quantile on 11 degrees of freedom
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_drawn_guesses_are_never_cut_by_their_chances(free):
+    planner = Planner(free)
+    for width in (1, 4):
+        for _ in range(3):
+            planner.times.note(width, float(width**2))  # so that no guess pays
+    tree = Tree(True)
+    tree.add(tree.add(ROOT, [3], DRAFT[START])[0], [1], DRAFT[3])
+    drawn = tree.draft("toy", chances=True)
+    taken = Draft(drawn.tokens, drawn.parents, drawn.chances)
+    assert [len(draft) for draft in planner.cut([drawn])] == [2]
+    assert [len(draft) for draft in planner.cut([taken])] == [0]
 
 
 def test_chances_follow_what_stood():

@@ -67,16 +67,17 @@ def calibrate_vocabulary(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
+    raw: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenCounts:
-    """Count the tokens that ``model``, the target, writes after ``prompts`` (greedily, each prompt as it is).
+    """Count the tokens that ``model``, the target, writes after ``prompts``, greedily.
 
     The paper found text that the target generates better for this than text of the draft model or of others. Prompts
     should be like those that the draft model will be used for.
 
     Args:
         model, tokenizer: the target.
-        prompts: texts, one at a time; already in the model's chat format if it has one.
+        prompts: texts, each wrapped in the tokenizer's chat template if it has one, unless ``raw``.
         max_new_tokens: written after each prompt, less where it ends by itself.
         progress: called with the number of prompts done and of all.
 
@@ -87,7 +88,14 @@ def calibrate_vocabulary(
         raise ThriftError("calibrate_vocabulary needs at least one prompt, and no empty ones")
     counts: Counter[int] = Counter()
     for done, prompt in enumerate(prompts, start=1):
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        if raw or not getattr(tokenizer, "chat_template", None):
+            inputs = tokenizer(prompt, return_tensors="pt")
+        else:
+            message = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        inputs = inputs.to(model.device)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         counts.update(out[0, inputs["input_ids"].shape[1] :].tolist())
         if progress is not None:
