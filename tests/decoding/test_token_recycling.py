@@ -90,7 +90,7 @@ def test_generation_is_exact_and_learns_for_later_requests(llama, prompts):
     ids = torch.tensor([prompts(0), prompts(1)])
     plain = llama.generate(ids, do_sample=False, max_new_tokens=60)
     for _ in range(2):
-        with tt.apply("decode=token_recycling()", llama) as session:
+        with tt.apply("decode=token_recycling(adaptive=false)", llama) as session:
             assert llama.generate(ids, do_sample=False, max_new_tokens=60).tolist() == plain.tolist()
         assert session.records["decode"].tokens_after < 60
         assert session.records["decode"].extra["accepted"] > 0
@@ -117,7 +117,7 @@ def test_the_best_tree_is_exact(llama, prompts):
 
     ids = torch.tensor([prompts(0), prompts(1)])
     plain = llama.generate(ids, do_sample=False, max_new_tokens=40)
-    with tt.apply("decode=token_recycling(tree=sequoia, nodes=12)", llama) as session:
+    with tt.apply("decode=token_recycling(tree=sequoia, nodes=12, adaptive=false)", llama) as session:
         assert llama.generate(ids, do_sample=False, max_new_tokens=40).tolist() == plain.tolist()
     assert session.records["decode"].extra["drafted"] > 0
 
