@@ -53,6 +53,7 @@ def install_decode(adapter: Any, method: Any, session: Session, undo: ExitStack)
             speculate,
             start=getattr(method, "start_batch", None) or each_row(method.start),
             rule=getattr(method, "rule", "sample"),
+            tokenizer=getattr(session.processor, "tokenizer", session.processor),
             streamer=given.get("streamer"),
             on_step=getattr(given.get("streamer"), "on_step", None),
             on_done=partial(_record, session),
