@@ -43,5 +43,7 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
 
 
 def _entries(layer: Any) -> tuple[int, int]:
-    """How many entries a cache layer has, and how many tokens it has seen."""
+    """How many entries a cache layer has, and how many tokens it has seen; none for a state of fixed size."""
+    if not hasattr(layer, "get_seq_length"):
+        return 0, 0
     return (layer.get_mask_sizes(0)[0] if layer.is_initialized else 0, layer.get_seq_length())
