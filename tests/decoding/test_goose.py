@@ -9,8 +9,9 @@ import torch
 
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.decoding.draft import Draft
-from tokenthrift.decoding.goose import Goose, GooseDrafter, _successors, grow
+from tokenthrift.decoding.goose import Goose, GooseDrafter, _successors
 from tokenthrift.decoding.spine import Copies, Successors
+from tokenthrift.decoding.spine_tree import grow
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "decoding" / "goose.npz")
 """From the matcher, table and tree builder of the authors' code (2kinto/GOOSE_Speculative_Decoding at c5c8bb3)."""
@@ -35,9 +36,8 @@ def test_trees_equal_the_authors_builder():
         table, nodes, depth, k, last, before, length, count, spine_end = row.tolist()
         successors = Successors(k)
         successors.update(*harvests[table])
-        method = Goose(nodes=nodes, depth=depth, k=k)
         context = (None if before < 0 else before, last)
-        ours = grow(method, successors, context, chain[:length].tolist(), confidence, accepted)
+        ours = grow(successors, context, chain[:length].tolist(), confidence, accepted, nodes, depth)
         assert ours[0] == tokens[1:count].tolist()
         assert [parent + 1 for parent in ours[1]] == parents[1:count].tolist()
         assert ours[3] == spine_end - 1
@@ -98,7 +98,7 @@ def test_the_accepted_path_is_at_least_as_long_as_the_spines():
     successors.update([None] * 30, list(range(30)), torch.randn(30, 30, generator=torch_rng))
     for _ in range(50):
         chain = [rng.randrange(30) for _ in range(rng.randint(1, 15))]
-        tokens, parents, _, spine = grow(Goose(), successors, (None, rng.randrange(30)), chain, 0.4, 0.5)
+        tokens, parents, _, spine = grow(successors, (None, rng.randrange(30)), chain, 0.4, 0.5)
         draft, node = Draft(tokens, parents), -1
         for token in chain[:spine]:
             node = draft.child(node, token)

@@ -1,4 +1,4 @@
-"""The two sources of GOOSE's tree: copies from the text with a measure of agreement, and pairs' likeliest successors."""
+"""The two sources of GOOSE's tree: copies from the text, and the likeliest successors of pairs of tokens."""
 
 from __future__ import annotations
 

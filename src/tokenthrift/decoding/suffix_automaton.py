@@ -19,7 +19,7 @@ _LONGEST = 16  # matches from here on are trusted alike
     arxiv="2411.10666",
 )
 class SuffixAutomatonDrafts:
-    """Draft by copying what followed the longest suffix that occurred before, however long, in the prompt or the output.
+    """Draft by copying what followed the longest suffix of the text, however long, that occurred before.
 
     A suffix automaton of the text grows with it and follows the longest match: constant work a token on average. The
     copy starts after the first occurrence of the match.
