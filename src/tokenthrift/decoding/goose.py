@@ -100,11 +100,12 @@ class GooseDrafter:
             return
         fed = [text[-1], *draft.tokens]
         before: list[int | None] = [text[-2] if len(text) > 1 else None, *(fed[parent + 1] for parent in draft.parents)]
-        likeliest, node = logits.argmax(-1).tolist(), ROOT
+        node = ROOT
         while node is not None:  # along what the model itself says, before the table knows of it
+            likeliest = int(logits[node + 1].argmax())
             for token, score in self.successors(before[node + 1], fed[node + 1]):
-                self.successors.calibration.note(score, token == likeliest[node + 1])
-            node = draft.child(node, likeliest[node + 1])  # type: ignore[assignment]
+                self.successors.calibration.note(score, token == likeliest)
+            node = draft.child(node, likeliest)  # type: ignore[assignment]
         self.successors.update(before, fed, logits)
 
     def propose(self, limit: int) -> Draft:
