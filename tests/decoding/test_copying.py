@@ -32,6 +32,9 @@ def test_trust_multiplies_along_the_copy_and_follows_what_happened():
         trust.note(2, False)
     assert trust.chances(1, 4) == pytest.approx([0.5])  # the second is below one in a hundred
     assert len(trust.chances(1, 4, least=0.0)) == 4
+    for _ in range(200):
+        trust.note(3, True)
+    assert trust.chances(3, 2) == pytest.approx([0.995, 0.995**2])  # never quite sure
 
 
 def test_calibration_learns_the_share_of_right_guesses_at_each_score():
@@ -91,6 +94,14 @@ def test_the_match_is_the_longest_suffix_that_occurred_before(seed):
             n, at = source
             starts = [s for s in range(end) if text[s : s + n] == text[end - n : end]]
             assert at == starts[0] + n  # the first occurrence
+
+
+def test_a_match_too_near_the_end_gives_way_to_a_shorter_one():
+    text = [5, 2, 8, 9, 1, 2, 6, 7, 3, 1, 2]  # after the first "1 2" come four tokens before the last one
+    method = SuffixAutomatonDrafts
+    assert method(draft=3, overlap=False, adaptive=False).start(text).propose(9).tokens == [6, 7, 3]
+    assert method(draft=4, overlap=False, adaptive=False).start(text).propose(9).tokens == [8, 9, 1, 2]
+    assert method(draft=4, adaptive=False).start(text).propose(9).tokens == [6, 7, 3, 1]
 
 
 def test_a_loop_is_drafted_in_full_and_short_matches_can_be_left_out():

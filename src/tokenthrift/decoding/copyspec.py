@@ -92,6 +92,6 @@ class CopyDrafter:
         left = text[-gamma - 1] + 1 if len(text) > gamma else 0
         self._hash = (self._hash * _BASE + token + 1 - left * self._leaving) % _PRIME
         before = self._at
-        self._at = self._after.get(self._hash) if len(text) >= gamma else None
+        self._at = self._after.get(self._hash)
         going_on = self._at is not None and before is not None and self._at == before + 1
         self._lasted = self._lasted + 1 if going_on else gamma
