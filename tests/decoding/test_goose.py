@@ -14,7 +14,8 @@ from tokenthrift.decoding.spine import Copies, Successors
 from tokenthrift.decoding.spine_tree import grow
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "decoding" / "goose.npz")
-"""From the matcher, table and tree builder of the authors' code (2kinto/GOOSE_Speculative_Decoding at c5c8bb3)."""
+"""From the matcher, table, tree builder and walk of the authors' code (2kinto/GOOSE_Speculative_Decoding at c5c8bb3),
+transcribed statement by statement and run without its model loop; the loop of the generation is ours."""
 
 
 def known(row, none=-1):
