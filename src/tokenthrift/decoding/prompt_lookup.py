@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, takewhile
-from operator import mul
 
 from ..core.errors import ThriftError
 from ..core.method import method
+from .chances import Trust, whole
 from .draft import NOTHING, Draft
 from .protocols import Request
 
-_RATE = 1 / 8  # how fast the measured trust follows
 _MULTIPLIER, _MASK = 0x1F3A_8B2D_6E49_C75B, (1 << 61) - 1  # of the rolling hash; any large odd number will do
-_SURE = 0.995  # trust never exceeds this
-_HOPELESS = 0.01  # guesses with a smaller chance are not made
 
 
 @method(
@@ -57,10 +53,7 @@ class PromptLookup:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("ngram", "draft"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ThriftError(f"prompt_lookup needs {name} as a whole number of at least 1, not {value!r}")
+        whole("prompt_lookup", ngram=self.ngram, draft=self.draft)
         if self.match not in ("latest", "earliest"):
             raise ThriftError(f"prompt_lookup matches the 'latest' or the 'earliest' occurrence, not {self.match!r}")
 
@@ -85,7 +78,7 @@ class PromptLookupDrafter:
         self.tokens: list[int] = []
         self._after: dict[int, int] = {}
         self._grams: list[int] = []  # hashes of the last 1, 2, ... ngram tokens
-        self._trust = [1 - 0.5**n for n in range(1, method.ngram + 1)]
+        self._trust = Trust(method.ngram)
         self._append(prompt)
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -93,7 +86,7 @@ class PromptLookupDrafter:
         for token in tokens:
             if self.method.adaptive and (found := self._find()):
                 n, at = found
-                self._trust[n - 1] += _RATE * ((self.tokens[at] == token) - self._trust[n - 1])
+                self._trust.note(n, self.tokens[at] == token)
             self._append((token,))
 
     def propose(self, limit: int) -> Draft:
@@ -102,7 +95,7 @@ class PromptLookupDrafter:
         if not found:
             return NOTHING
         n, at = found
-        chances = self._chances(n) if self.method.adaptive else None
+        chances = self._trust.chances(n, self.method.draft) if self.method.adaptive else None
         length = max(min(limit, self.method.draft if chances is None else len(chances)), 0)
         draft = self.tokens[at : at + length]
         if self.method.overlap:
@@ -110,13 +103,6 @@ class PromptLookupDrafter:
             while len(draft) < length:
                 draft.append(draft[-period])
         return Draft.chain(draft, None if chances is None else chances[: len(draft)], "lookup")
-
-    def _chances(self, n: int) -> list[float]:
-        """Of the guesses after a match of ``n`` tokens: each that is right makes the match a token longer."""
-        trust = [min(t, _SURE) for t in self._trust[n - 1 :]]
-        trust += trust[-1:] * (self.method.draft - len(trust))
-        chances = accumulate(trust[: self.method.draft], mul)
-        return list(takewhile(lambda chance: chance >= _HOPELESS, chances))
 
     def _find(self) -> tuple[int, int] | None:
         """The longest matching n and the position to copy from."""
