@@ -10,6 +10,8 @@ from ..core.errors import ThriftError
 
 SURE = 0.995
 """No single guess is trusted more than this."""
+MATCHES = (0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+"""How often what followed a match of 1, 2, ... tokens is right, before a text has shown how it is there."""
 HOPELESS = 0.01
 """Guesses with a smaller chance are not worth making."""
 
@@ -19,22 +21,29 @@ class Shares:
 
     Args:
         first: the share of each kind before anything is seen.
-        rate: weight of the newest guess.
+        rate: weight of the newest guess, at least.
+        worth: ``first`` counts as so many guesses, so that early ones weigh more; None: all weigh the same.
     """
 
-    def __init__(self, first: Sequence[float], rate: float) -> None:
+    def __init__(self, first: Sequence[float], rate: float, worth: int | None = None) -> None:
         self.values, self.rate = list(first), rate
+        self._weights = [0 if worth is None else worth] * len(self.values)
 
     def note(self, kind: int, right: bool) -> None:
         """A guess of this kind was right, or not."""
-        self.values[kind] += self.rate * (right - self.values[kind])
+        rate = self.rate
+        if self._weights[kind]:
+            self._weights[kind] += 1
+            rate = max(rate, 1 / self._weights[kind])
+        self.values[kind] += rate * (right - self.values[kind])
 
 
 class Trust:
     """How often what followed a match of n tokens was right; longer matches than ``longest`` count as that long."""
 
     def __init__(self, longest: int) -> None:
-        self._shares = Shares([1 - 0.5**n for n in range(1, longest + 1)], rate=1 / 8)
+        first = (*MATCHES[:longest], *MATCHES[-1:] * (longest - len(MATCHES)))
+        self._shares = Shares(first, rate=1 / 16, worth=4)
 
     def note(self, n: int, right: bool) -> None:
         """The guess after a match of ``n`` tokens was right, or not."""
