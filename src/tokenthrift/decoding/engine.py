@@ -145,7 +145,7 @@ def speculate(
     )
     runner = runner_of(model, outputs.past_key_values, model_kwargs, input_ids)
     verifier.joint = batch == 1 or not (runner.free and one_by_one)
-    planner = Planner(free=runner.free and (batch == 1 or not verifier.joint))
+    planner = Planner(runner.free and (batch == 1 or not verifier.joint), model)
     logits: Sequence[Tensor] = outputs.logits[:, -1:]
     try:
         with model._optimize_model_for_decode():

@@ -6,8 +6,10 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from .draft import Draft
+from .draft import NOTHING, Draft
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Numbers of tokens in a forward whose times are kept apart; between them times are interpolated."""
@@ -20,15 +22,18 @@ PAUSE = (4, 64)
 
 
 class StepTimes:
-    """Seconds of a forward by the number of tokens in it, as last seen."""
+    """Seconds of a model's forward by the number of tokens in it, as last seen: the calibration of the machine."""
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
 
+    def knows(self, tokens: int) -> bool:
+        """Whether forwards of so many tokens were timed often enough to be believed."""
+        return len(self._seen.get(_width(tokens), ())) >= TRUSTED
+
     def note(self, tokens: int, seconds: float) -> None:
         """A forward of so many tokens took so long."""
-        width = min(WIDTHS, key=lambda w: abs(w - tokens) / w)
-        self._seen.setdefault(width, deque(maxlen=SAMPLES)).append(seconds)
+        self._seen.setdefault(_width(tokens), deque(maxlen=SAMPLES)).append(seconds)
 
     def __call__(self, tokens: int) -> float:
         """The estimate for so many tokens; without any measurement in forwards of one."""
@@ -47,6 +52,14 @@ class StepTimes:
         return min(guess, known.get(tokens, guess))
 
 
+def _width(tokens: int) -> int:
+    return min(WIDTHS, key=lambda w: abs(w - tokens) / w)
+
+
+_times: WeakKeyDictionary[Any, StepTimes] = WeakKeyDictionary()
+"""Of each model, for as long as it lives: what one call learned serves the next."""
+
+
 class Planner:
     """Cuts drafts that come with chances to what pays; leaves the others as they are.
 
@@ -56,11 +69,12 @@ class Planner:
 
     Args:
         free: whether rows may differ and drafts be trees; else all become chains of one length.
+        model: whose forwards are timed.
     """
 
-    def __init__(self, free: bool) -> None:
+    def __init__(self, free: bool, model: Any = None) -> None:
         self.free = free
-        self.times = StepTimes()
+        self.times = StepTimes() if model is None else _times.setdefault(model, StepTimes())
         self._resting, self._pause = 0, PAUSE[0]
         self._balance = 0.0  # seconds won by drafting of late
 
@@ -70,7 +84,13 @@ class Planner:
         return self._resting > 0
 
     def cut(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
-        """What to verify of the drafts; rows that are done have None."""
+        """What to verify of the drafts; rows that are done have None.
+
+        Nothing until plain steps have been timed, if there are chances to weigh: they are what drafting is measured by.
+        """
+        rows = sum(draft is not None for draft in drafts)
+        if not self.times.knows(rows) and any(draft is not None and draft.chances is not None for draft in drafts):
+            return [None if draft is None else NOTHING for draft in drafts]
         return self._trees(drafts) if self.free else self._chains(drafts)
 
     def note(self, drafts: Sequence[Draft | None], committed: int, draft_seconds: float, seconds: float) -> None:

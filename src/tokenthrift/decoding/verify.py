@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from .draft import ROOT, Draft
-from .rules import Rule, sample
+from .rules import LOSSY, RULES, Rule, sample
 
 BY_ROW = tuple(
     getattr(logits_process, name)
@@ -134,9 +134,10 @@ class Verifier:
     """Walks down a draft with the model's own choice at every node, as plain decoding makes it.
 
     Greedy: the choice is the argmax, and the output equals plain greedy decoding. Sampling: the choice follows the
-    model's law by a :mod:`rule <tokenthrift.decoding.rules>`. Logits processors, the random generator and the stopping
-    criteria are called once per committed token and in the same order as in plain decoding, with committed tokens only:
-    with the default rule and the same seed even sampled tokens are the same, and processors with a state work.
+    model's law by a :mod:`rule <tokenthrift.decoding.rules>`. A lossy rule decides in both. Logits processors, the
+    random generator and the stopping criteria are called once per committed token and in the same order as in plain
+    decoding, with committed tokens only: with the default rule and the same seed even sampled tokens are the same, and
+    processors with a state work.
 
     Rows of a batch go their own ways, unless ``joint``: then they move one token at a time together, as far as all
     accept, and processors and criteria get the batch, as in plain decoding.
@@ -156,13 +157,14 @@ class Verifier:
         keep_logits: bool = False,
     ) -> None:
         self.stopper, self.processors, self.rule = stopper, processors, rule
-        self.sample, self.joint = sample, joint
+        self.joint = joint
         self.pad = pad if stopper.pads else None
         self.done = [False] * batch
         self.scores: tuple[Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep_logits else None
         # Then the argmax of all nodes can be taken, and brought to the host, at once.
-        self._at_once = not (sample or len(processors) or stopper.reads_tensors or keep_scores or keep_logits)
+        self._ruled = sample or rule in [RULES[name] for name in LOSSY]
+        self._at_once = not (self._ruled or len(processors) or stopper.reads_tensors or keep_scores or keep_logits)
 
     @property
     def finished(self) -> bool:
@@ -258,7 +260,7 @@ class Verifier:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (raw,)
-        if not self.sample:
+        if not self._ruled:
             return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
         laws = scores.softmax(-1)
         if self.rule is sample:
