@@ -31,11 +31,11 @@ from .verify import Stopper
 class Awrs:
     """Generate only what a constraint accepts, by adaptive weighted rejection sampling and sequential Monte Carlo.
 
-    **The output is not that of plain decoding**: it is drawn from the model's law given the constraint. Tokens are drawn
-    until the constraint accepts one, instead of asking about the whole vocabulary, and each has a weight whose mean is
-    the probability that the constraint left. With several particles those weights choose among continuations, which
-    corrects the bias of masking token by token. Greedy decoding takes the likeliest token that is accepted, as under
-    a mask.
+    **The output is not that of plain decoding**: it is drawn from the model's law given the constraint. Tokens are
+    drawn until the constraint accepts one, instead of asking about the whole vocabulary, and each has a weight whose
+    mean is the probability that the constraint left. With several particles those weights choose among continuations,
+    which corrects the bias of masking token by token. Greedy decoding takes the likeliest token that is accepted, as
+    under a mask.
 
     Args:
         regex: what the whole output has to match.
@@ -52,7 +52,8 @@ class Awrs:
         seed: of all draws; None takes one from torch's generator.
 
     The token samplers give the numbers of the authors' code; they differ where less than 1e-5 of the law is left, where
-    that code gives up. Resampling is systematic. A text that reaches ``max_new_tokens`` may be an incomplete one.
+    that code gives up. Resampling is systematic. A text that reaches ``max_new_tokens`` may be an incomplete one. The
+    law is what logits processors leave of it: ``top_k``, 50 by default when sampling, may cut all that is accepted.
 
     Raises:
         ThriftError: none of the constraints, or several; a parameter outside its range; when generating, a constraint
@@ -124,16 +125,19 @@ class Awrs:
             rng=rng,
             **model_kwargs,
         )
-        for listener, news in ((on_outcome, out), (on_done, out.stats)):
-            if listener is not None:
-                listener(news)
+        if on_outcome is not None:
+            on_outcome(out)
+        if on_done is not None:
+            on_done(out.stats)
         chosen = [p.tokens[int(rng.choice(self.particles, p=p.shares))] for p in out.populations]
         pad = getattr(generation_config, "_pad_token_tensor", None)
         new = input_ids.new_full((len(chosen), max(map(len, chosen))), 0 if pad is None else int(pad))
         for row, tokens in zip(new, chosen, strict=True):
             row[: len(tokens)] = row.new_tensor(tokens)
         sequences: Any = torch.cat([input_ids, new], dim=1)
-        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+        return (
+            GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+        )
 
     def _start(self, model: Any, processor: Any, ends: set[int]) -> Any:
         if self.constraint is not None:

@@ -50,8 +50,8 @@ class Predicate:
     """A callable ``accept(prefix, token) -> bool``, asked about one token at a time.
 
     Args:
-        accept: with ``text`` it gets the text generated so far and what the token adds, ``""`` for the end; else a tuple
-            of token ids, and the token's id. The prompt is in neither.
+        accept: with ``text`` it gets the text generated so far and what the token adds, ``""`` for the end; else a
+            tuple of token ids, and the token's id. The prompt is in neither.
     """
 
     accept: Callable[[Any, Any], bool]
@@ -80,13 +80,13 @@ class PredicateState:
             whole = self.tokenizer.decode(self.tokens) == self.text if self.tokens else True
             return whole and bool(self.rule.accept(self.text, ""))
         more = self.tokenizer.decode((*self.tokens, token))
-        if more.endswith(_CUT):
+        if more == self.text + _CUT:
             return True  # a part of a character: asked about when it is whole
         return len(more) > len(self.text) and bool(self.rule.accept(self.text, more[len(self.text) :]))
 
     def then(self, token: int) -> PredicateState:
         tokens, text = (*self.tokens, token), self.text
-        if self.tokenizer is not None and not (more := self.tokenizer.decode(tokens)).endswith(_CUT):
+        if self.tokenizer is not None and (more := self.tokenizer.decode(tokens)) != text + _CUT:
             text = more
         return PredicateState(self.rule, self.tokenizer, self.ends, tokens, text)
 
@@ -95,7 +95,7 @@ class PredicateState:
         return any(self.accepts(end) for end in self.ends)
 
 
-_CUT = "\ufffd"
+_CUT = "\ufffd"  # what a part of a character decodes to
 
 
 # ---- grammars -------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Grammar:
             raise ThriftError(f"the {self.kind} constraint cannot be used: {error}") from None
         if matcher.is_error():
             raise ThriftError(f"the {self.kind} constraint cannot be used: {matcher.get_error()}")
-        return GrammarState(matcher)
+        return GrammarState(matcher, ends)
 
 
 @lru_cache(maxsize=4)  # a second of work each; the tokenizer is hashed by what it is
@@ -160,14 +160,15 @@ class GrammarState:
     """A matcher, copied before it moves on."""
 
     matcher: Any
+    ends: frozenset[int]
 
     def accepts(self, token: int) -> bool:
-        return bool(self.matcher.validate_tokens([token]) == 1)
+        return self.complete if token in self.ends else self.matcher.validate_tokens([token]) == 1
 
     def then(self, token: int) -> GrammarState:
         matcher = self.matcher.deep_copy()
         matcher.consume_token(token)
-        return GrammarState(matcher)
+        return GrammarState(matcher, self.ends)
 
     @property
     def complete(self) -> bool:

@@ -49,9 +49,9 @@ def install_decode(adapter: Any, method: Any, session: Session, undo: ExitStack)
             raise ThriftError("drafts do not work with synced_gpus: processes would disagree on the number of forwards")
         _pass_stop_strings(model, call, given)
         # generate hands a custom function no streamer, so it is bound here; generate itself streams the prompt.
-        how = {"streamer": given.get("streamer"), "on_done": partial(_record, session)}
+        how: dict[str, Any] = {"streamer": given.get("streamer"), "on_done": partial(_record, session)}
         if hasattr(method, "decode"):  # a loop of its own
-            decode = partial(method.decode, processor=session.processor, **how)
+            decode: Any = partial(method.decode, processor=session.processor, **how)
         else:
             start = getattr(method, "start_batch", None) or each_row(method.start)
             decode = partial(speculate, start=start, rule=getattr(method, "rule", "sample"), **how)
