@@ -148,6 +148,8 @@ def speculate(
     planner = Planner(runner.free and (batch == 1 or not verifier.joint), model)
     logits: Sequence[Tensor] = outputs.logits[:, -1:]
     try:
+        if hasattr(drafters, "attach"):
+            drafters.attach(runner)
         with model._optimize_model_for_decode():
             while True:
                 verdicts = verifier(text, drafts, logits)
