@@ -54,10 +54,15 @@ class Depth:
 
     @contextmanager
     def running(self, which: Sequence[int]) -> Iterator[None]:
-        """While this is entered, the model has only these layers, in this order."""
+        """While this is entered, the model has only these layers, in ascending order; what they get and know of their
+        place does not change."""
         key = tuple(which)
         if key not in self._lists:
-            self._lists[key] = nn.ModuleList(self.layers[i] for i in key)
+            kept = set(key)
+            last = max(kept) + 1
+            self._lists[key] = nn.ModuleList(
+                layer if i in kept else _Passage(layer) for i, layer in enumerate(self.layers[:last])
+            )
         whole = self.backbone._modules["layers"]
         self.backbone._modules["layers"] = self._lists[key]
         try:
@@ -69,6 +74,20 @@ class Depth:
         """The logits that the model would give if the layer with this output were the last."""
         logits: Tensor = self.head(self.norm(hidden))
         return logits
+
+
+class _Passage(nn.Module):
+    """Stands where a layer is skipped, and shows the attributes of that layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # no child: its weights are not counted, moved or saved twice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
 
 
 @contextmanager
