@@ -101,10 +101,11 @@ class Successors:
             self.table[token] = torch.tensor([following, *row][: len(self.trust)])
 
     def judge(self, token: int, following: int) -> None:
-        """Note at which rank, if any, the token that followed stood."""
+        """Note at which rank, if any, the token that followed stood; of tokens without a row nothing was guessed."""
         [row] = self[[token]]
         for rank, guess in enumerate(row):
-            self.trust[rank] += _RATE * ((guess == following) - self.trust[rank])
+            if guess >= 0:
+                self.trust[rank] += _RATE * ((guess == following) - self.trust[rank])
 
 
 class RecyclingDrafter:
