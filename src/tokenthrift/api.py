@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from .text.compressed import CompressedText
 
 
-def apply(plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None, model: Any, processor: Any = None) -> Session:
+def apply(
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None,
+    model: Any,
+    processor: Any = None,
+    *,
+    prepack: bool = False,
+) -> Session:
     """A session that runs ``plan`` inside its ``with`` block, on the model itself: nothing is forked or copied.
 
     Args:
@@ -27,14 +33,17 @@ def apply(plan: Plan | str | os.PathLike[str] | Mapping[str, Any] | None, model:
         model: any supported ``transformers`` model.
         processor: its tokenizer, needed only by plans with a text stage (for ``session.compress``) and by methods that
             look at words.
+        prepack: arrange the weights of linear layers for the fastest product, at the cost of a second copy of them: for
+            float32 models on a CPU, most of all with a decode stage, whose forwards of a few tokens then take little
+            longer than those of one. See :mod:`tokenthrift.models.prepack`.
 
     Raises:
-        ThriftError: unknown method, parameter or stage, or a model that no adapter fits.
+        ThriftError: unknown method, parameter or stage, or a model that no adapter fits, or that cannot be prepacked.
     """
     from .models.adapters import adapter_for
 
     compressor = None if processor is None else _compressor(model, getattr(processor, "tokenizer", processor))
-    return Session(Plan.of(plan), adapter_for(model), compressor, processor)
+    return Session(Plan.of(plan), adapter_for(model), compressor, processor, prepack)
 
 
 def compress(

@@ -139,6 +139,20 @@ def test_generate(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert "the prompt is empty" in refused(capsys, "generate", "--model", model, " ")
 
 
+def test_generate_with_drafts(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    args = ("generate", "--model", model, "--max-new-tokens", "24", "to be or not to be or not to be")
+    code, plain, _ = call(capsys, *args)
+    assert code == 0
+    code, out, err = call(capsys, *args, "--plan", "decode=prompt_lookup(adaptive=False)")
+    assert (code, out) == (0, plain) and "\x1b" not in out
+    assert "source lookup" in err and "drafted by" not in err
+    code, out, _ = call(capsys, *args, "--plan", "decode=prompt_lookup(adaptive=False)", "--json")
+    found = json.loads(out)
+    assert found["text"] == plain.removesuffix("\n")
+    decode = found["report"]["stages"]["decode"]
+    assert decode["tallies"]["source"]["lookup"]["tried"] == decode["extra"]["drafted"] > 0
+
+
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "methods", "--stage", "cache", "--json")
     assert code == 0

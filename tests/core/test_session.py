@@ -154,6 +154,7 @@ def test_to_dict_is_json_and_a_copy(plan):
         "bytes_after": 1_000_000,
         "seconds": 0.75,
         "extra": {"evictions": 3.0},
+        "tallies": {},
         "kept": 0.5,
     }
     plain["stages"]["cache"]["extra"]["evictions"] = 0
@@ -177,6 +178,26 @@ def test_to_markdown(plan):
     assert lines[-2:] == ["", "cache: evictions 3"]
     assert str(report) == report.to_markdown()
     assert "plan: `none`" in Session(Plan(), FakeAdapter()).report().to_markdown()
+
+
+def test_tallies_add_up_and_long_ones_are_shortened_for_reading(plan):
+    session = Session(plan, FakeAdapter())
+    for _ in range(2):
+        record = session.record("cache", before=1, after=1)
+        record.tally("source", "lookup", 4, 1)
+        for depth in range(1, 14):
+            record.tally("depth", str(depth), 14 - depth, depth == 1)
+    report = session.report()
+    session.record("cache", before=1, after=1).tally("source", "lookup", 1, 1)
+    plain = report.to_dict()["stages"]["cache"]["tallies"]
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["source"] == {"lookup": {"tried": 8, "accepted": 2, "share": 0.25}}
+    assert list(plain["depth"]) == [str(depth) for depth in range(1, 14)]
+    assert plain["depth"]["13"] == {"tried": 2, "accepted": 0, "share": 0.0}
+    lines = report.to_markdown().split("\n")
+    at = lines.index("| cache, guesses by | tried | accepted | share |")
+    assert lines[at + 2 : at + 4] == ["| source lookup | 8 | 2 | 25.0% |", "| depth 1 | 26 | 2 | 7.7% |"]
+    assert lines[-1] == "| depth 9 to 13 | 30 | 0 | 0.0% |" and len(lines) == at + 2 + 10
 
 
 # ---- provenance ------------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def test_generation_is_exact_and_learns_for_later_requests(llama, prompts):
     ids = torch.tensor([prompts(0), prompts(1)])
     plain = llama.generate(ids, do_sample=False, max_new_tokens=60)
     for _ in range(2):
-        with tt.apply("decode=token_recycling()", llama) as session:
+        # Not adaptive: whether drafts pay on a model this small depends on how busy the machine is.
+        with tt.apply("decode=token_recycling(adaptive=False)", llama) as session:
             assert llama.generate(ids, do_sample=False, max_new_tokens=60).tolist() == plain.tolist()
         assert session.records["decode"].tokens_after < 60
         assert session.records["decode"].extra["accepted"] > 0
@@ -101,6 +102,29 @@ def test_generation_is_exact_and_learns_for_later_requests(llama, prompts):
     assert torch.equal(_matrices[llama][8].table, learned)
 
 
+def test_the_best_tree_follows_the_measured_ranks():
+    matrix = Successors(48, 3)
+    matrix.table[:] = torch.arange(3)
+    method = TokenRecycling(k=3, nodes=6, adaptive=False, tree="sequoia")
+    matrix.trust = [0.99, 0.01, 0.01]
+    assert RecyclingDrafter(method, matrix, [5]).propose(100).is_chain
+    matrix.trust = [0.4, 0.4, 0.1]
+    draft = RecyclingDrafter(method, matrix, [5]).propose(100)
+    assert (draft.tokens, draft.parents) == ([0, 1, 0, 1, 0, 1], [-1, -1, 0, 0, 1, 1])
+
+
+def test_the_best_tree_is_exact(llama, prompts):
+    import tokenthrift as tt
+
+    ids = torch.tensor([prompts(0), prompts(1)])
+    plain = llama.generate(ids, do_sample=False, max_new_tokens=40)
+    with tt.apply("decode=token_recycling(tree=sequoia, nodes=12, adaptive=false)", llama) as session:
+        assert llama.generate(ids, do_sample=False, max_new_tokens=40).tolist() == plain.tolist()
+    assert session.records["decode"].extra["drafted"] > 0
+
+
 def test_wrong_parameters_say_what_is_wrong():
     with pytest.raises(ThriftError, match="at least 1"):
         TokenRecycling(k=0)
+    with pytest.raises(ThriftError, match="'sequoia'"):
+        TokenRecycling(tree="redwood")

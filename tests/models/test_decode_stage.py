@@ -69,6 +69,51 @@ def test_the_users_call_gives_the_same_tokens_in_fewer_forwards(model):
     assert "mean accepted length" in session.report().to_markdown()
 
 
+def test_the_report_tells_acceptance_by_depth_and_source_over_all_calls(model):
+    with session_of(model) as session:
+        model.generate(IDS, max_new_tokens=50, do_sample=False)
+        once = session.report().to_dict()["stages"]["decode"]
+        model.generate(IDS, max_new_tokens=50, do_sample=False)
+    twice = session.report().to_dict()["stages"]["decode"]
+    for counts in (once, twice):
+        extra, tallies = counts["extra"], counts["tallies"]
+        assert [tallies["source"]["lookup"][key] for key in ("tried", "accepted")] == [
+            extra["drafted"], extra["accepted"],
+        ]  # fmt: skip
+        assert sum(t["tried"] for t in tallies["depth"].values()) == extra["drafted"]
+        assert sum(t["accepted"] for t in tallies["depth"].values()) == extra["accepted"]
+        assert list(tallies["depth"]) == [str(i + 1) for i in range(len(tallies["depth"]))]
+    assert twice["tallies"]["depth"]["1"]["tried"] == 2 * once["tallies"]["depth"]["1"]["tried"] > 0
+    text = session.report().to_markdown()
+    assert "| depth 1 |" in text and "| source lookup |" in text and "verify seconds" in text
+
+
+def test_streamers_hear_of_every_step_before_its_tokens(model):
+    class Witness(BaseStreamer):
+        def __init__(self):
+            self.told, self.got, self.accepted = [], [], 0
+
+        def on_step(self, drafts, verdicts):
+            assert len(drafts) == len(verdicts) == 1
+            assert len(self.told) == len(self.got)  # the tokens of the step before are through
+            self.told += verdicts[0].tokens
+            self.accepted += len(verdicts[0].path)
+
+        def put(self, value):
+            self.got += value.flatten().tolist()
+            self.told = self.told or list(self.got)  # the prompt
+            self.told += self.got[len(self.told) :]  # and the token of the prefill: no step
+
+        def end(self):
+            self.ended = True
+
+    streamer = Witness()
+    with session_of(model) as session:
+        out = model.generate(IDS, max_new_tokens=50, do_sample=False, streamer=streamer)
+    assert streamer.got == streamer.told == out[0].tolist() and streamer.ended
+    assert streamer.accepted == session.records["decode"].extra["accepted"] > 0
+
+
 def test_arguments_may_be_positional_and_the_signature_stays(model):
     config = GenerationConfig(max_new_tokens=9, do_sample=False)
     plain = model.generate(IDS, config)

@@ -24,7 +24,10 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead.")] = False,
 ) -> None:
-    """Generate greedily with a plan, streaming; then print the session's report."""
+    """Generate greedily with a plan, streaming; then print the session's report.
+
+    With a decode plan, what was drafted and accepted is in colour on a terminal.
+    """
     from ..core.plan import Plan
     from ..text.files import decode_text, read_text
 
@@ -34,11 +37,13 @@ def generate(
     document = read_text(file) if file is not None else ""
     chosen = Plan.of(plan)  # mistakes are told before a model is loaded
 
-    from transformers import TextStreamer
+    from rich.console import Console
+    from rich.markdown import Markdown
 
     from ..api import apply
     from ..models.packs import load
     from ..models.packs.quiet import quiet
+    from .streaming import DraftStreamer
 
     loaded, tokenizer = load(model)
     if not getattr(loaded, "can_generate", lambda: False)():
@@ -48,7 +53,7 @@ def generate(
         with quiet():  # of its warning that the prompt is long: what is too long is refused below
             inputs = _encode(tokenizer, text, raw).to(loaded.device)
         _check_length(loaded, inputs["input_ids"].shape[1], max_new_tokens)
-        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = None if as_json else DraftStreamer(tokenizer, Console(highlight=False))
         out = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     new = out[0, inputs["input_ids"].shape[1] :]
     if as_json:
@@ -58,13 +63,11 @@ def generate(
         return
     if compressed is not None:
         typer.echo(compressed.summary, err=True)
-
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=132)  # a file or a pipe has no width
+    if streamer is not None and streamer.legend is not None:
+        console.print(streamer.legend)
     console.print(Markdown(session.report().to_markdown()))
 
 

@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from ..core.errors import ThriftError
 from .bench import bench
+from .calibrate import app as calibrate
 from .compress import compress
 from .generate import generate
 from .methods import methods
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (bench, tune, compress, methods, generate):
     app.command()(command)
 app.add_typer(models, name="models")
+app.add_typer(calibrate, name="calibrate")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,6 +17,9 @@ from .errors import ThriftError
 from .plan import Plan
 from .tokenmap import TokenMap
 
+MOST_ROWS = 9
+"""Of each kind of tally in a report that is read; the rest is summed. ``to_dict`` has them all."""
+
 
 class Adapter(Protocol):
     """Where the stages are in one family of models: the only code that knows model classes."""
@@ -34,8 +37,32 @@ class Adapter(Protocol):
 
 
 @dataclass
+class Tally:
+    """How many guesses were tried, and how many of these accepted."""
+
+    tried: int = 0
+    accepted: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of those tried, the accepted ones."""
+        return self.accepted / self.tried if self.tried else 0.0
+
+    def add(self, tried: int, accepted: int) -> None:
+        """Count more."""
+        self.tried += tried
+        self.accepted += accepted
+
+
+@dataclass
 class StageRecord:
-    """Totals of one stage over the session (sums over calls, layers, heads and batch rows)."""
+    """Totals of one stage over the session (sums over calls, layers, heads and batch rows).
+
+    Attributes:
+        extra: what else a stage has to say, by name.
+        tallies: of guesses: by what they are counted by (``"source"``, ``"depth"``), then by its value, how many were
+            tried and how many of these accepted.
+    """
 
     calls: int = 0
     tokens_before: int = 0
@@ -44,11 +71,16 @@ class StageRecord:
     bytes_after: int = 0
     seconds: float = 0.0
     extra: dict[str, float] = field(default_factory=dict)
+    tallies: dict[str, dict[str, Tally]] = field(default_factory=dict)
 
     @property
     def kept(self) -> float:
         """Share of tokens (or cache entries) kept."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+    def tally(self, by: str, value: str, tried: int, accepted: int) -> None:
+        """Add guesses to those counted so far."""
+        self.tallies.setdefault(by, {}).setdefault(value, Tally()).add(tried, accepted)
 
 
 @dataclass
@@ -63,11 +95,17 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        stages = {name: {**asdict(r), "kept": r.kept} for name, r in self.stages.items()}
+        stages = {}
+        for name, r in self.stages.items():
+            stages[name] = {**asdict(r), "kept": r.kept}
+            stages[name]["tallies"] = {
+                by: {value: {**asdict(t), "share": t.share} for value, t in tallies.items()}
+                for by, tallies in r.tallies.items()
+            }
         return {**vars(self), "stages": stages}
 
     def to_markdown(self) -> str:
-        """A table with a row a stage."""
+        """A table with a row a stage; what else the stages have to say below it."""
         lines = [
             f"plan: `{self.plan or 'none'}`; {self.forwards} forwards, "
             f"{self.flops / 1e9:.2f} GFLOPs ({self.flops_dense / 1e9:.2f} without the plan)",
@@ -83,6 +121,10 @@ class Report:
         for name, r in self.stages.items():
             if r.extra:
                 lines += ["", f"{name}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in r.extra.items())]
+            if r.tallies:
+                lines += ["", f"| {name}, guesses by | tried | accepted | share |", "|---|--:|--:|--:|"]
+                for by, tallies in r.tallies.items():
+                    lines += [f"| {by} {v} | {t.tried:,} | {t.accepted:,} | {t.share:.1%} |" for v, t in _few(tallies)]
         return "\n".join(lines)
 
     __str__ = to_markdown
@@ -95,7 +137,12 @@ class Session:
     """
 
     def __init__(
-        self, plan: Plan, adapter: Adapter, compressor: Callable[..., Any] | None = None, processor: Any = None
+        self,
+        plan: Plan,
+        adapter: Adapter,
+        compressor: Callable[..., Any] | None = None,
+        processor: Any = None,
+        prepack: bool = False,
     ) -> None:
         # Text is reduced before it is tokenised, so no adapter installs it: `compress` is called by the user.
         self._stages = [s for s in plan.stages if s != "text"]
@@ -108,6 +155,8 @@ class Session:
         self.plan = plan
         self.adapter = adapter
         self.processor = processor
+        self.prepack = prepack
+        self.prepacked_bytes = 0
         self.records: dict[str, StageRecord] = {}
         self.forwards = 0
         self.flops = self.flops_dense = 0.0
@@ -124,6 +173,10 @@ class Session:
             raise ThriftError("this session is already installed; leave its with block before entering it again")
         with ExitStack() as undo:  # on an error half-way everything done so far is undone
             _compile_anew(undo)
+            if self.prepack:
+                from ..models.prepack import prepack_linears
+
+                self.prepacked_bytes = prepack_linears(self.adapter.model, undo)
             for stage in self._stages:
                 self.adapter.install(stage, self.plan.at(stage), self, undo)
             self._undo = undo.pop_all()
@@ -201,6 +254,17 @@ class Session:
             stage: reduce(TokenMap.then, maps) for stage, maps in self._chains.items()
         }
         return {**chained, **{stage: dict(maps) for stage, maps in self._parallel.items()}}
+
+
+def _few(tallies: dict[str, Tally]) -> list[tuple[str, Tally]]:
+    """The first so many, and the others together."""
+    rows = list(tallies.items())
+    if len(rows) <= MOST_ROWS:
+        return rows
+    rest = Tally()
+    for _, tally in rows[MOST_ROWS - 1 :]:
+        rest.add(tally.tried, tally.accepted)
+    return [*rows[: MOST_ROWS - 1], (f"{rows[MOST_ROWS - 1][0]} to {rows[-1][0]}", rest)]
 
 
 def _compile_anew(undo: ExitStack) -> None:

@@ -78,6 +78,7 @@ def speculate(
     *,
     start: Start,
     rule: str = "sample",
+    tokenizer: Any = None,
     on_step: Callable[[list[Draft | None], list[Verdict]], None] | None = None,
     on_done: Callable[[DecodeStats], None] | None = None,
     **model_kwargs: Any,
@@ -99,6 +100,7 @@ def speculate(
         input_ids: ``(batch, tokens)`` int64.
         start: makes the batch's drafters from the prompts.
         rule: how guesses are judged when sampling; see :mod:`tokenthrift.decoding.rules`.
+        tokenizer: the model's, for drafters that ask for it.
         on_step: called after every forward but the first with what was verified and what was committed, row by row.
         on_done: called once with the counts and times, when generation ended normally.
 
@@ -134,7 +136,7 @@ def speculate(
         keep_logits=keep_logits,
     )
     stats, text = DecodeStats(), Text(input_ids, _ROOM)
-    request = Request(model, logits_processor, sample, frozenset(stopper.ends))
+    request = Request(model, logits_processor, sample, frozenset(stopper.ends), tokenizer)
     drafters = start(_prompts(input_ids, model_kwargs.get("attention_mask")), request)
     drafts: list[Draft | None] = [NOTHING] * batch
     drafting = 0.0

@@ -64,7 +64,7 @@ _times: WeakKeyDictionary[Any, StepTimes] = WeakKeyDictionary()
 
 
 class Planner:
-    """Cuts drafts that come with chances to what pays; leaves the others as they are.
+    """Cuts drafts that come with chances to what pays; leaves the others, and those that were drawn, as they are.
 
     A forward over the last tokens of A rows and N guesses commits A tokens and, on average, the sum of the guesses'
     chances. N is where that, divided by the time of such a forward, is largest; the likeliest guesses of all rows
@@ -113,22 +113,22 @@ class Planner:
 
     def _trees(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         rows = sum(draft is not None for draft in drafts)
-        fixed = sum(len(draft) for draft in drafts if draft is not None and draft.chances is None)
-        open_ = [draft.chances for draft in drafts if draft is not None and draft.chances is not None]
+        fixed = sum(len(draft) for draft in drafts if draft is not None and not _cuttable(draft))
+        open_ = [draft.chances or () for draft in drafts if draft is not None and _cuttable(draft)]
         chances = sorted((chance for row in open_ for chance in row), reverse=True)
         n = self._best(rows + fixed, [1] * len(chances), [0.0, *accumulate(chances)], rows)
         least = chances[n - 1] if n else float("inf")
         out: list[Draft | None] = []
         for draft in drafts:
-            if draft is not None and draft.chances is not None:
-                draft = draft.only([i for i, chance in enumerate(draft.chances) if chance >= least])
+            if draft is not None and _cuttable(draft):
+                draft = draft.only([i for i, chance in enumerate(draft.chances or ()) if chance >= least])
             out.append(draft)
         return out
 
     def _chains(self, drafts: Sequence[Draft | None]) -> list[Draft | None]:
         live = [draft.best_chain(10**6) for draft in drafts if draft is not None]
         width = min((len(draft) for draft in live), default=0)
-        if all(draft.chances is not None for draft in live):
+        if all(_cuttable(draft) for draft in live):
             together = [1.0] * width
             for draft in live:
                 together = [a * b for a, b in zip(together, draft.chances or (), strict=False)]
@@ -142,3 +142,8 @@ class Planner:
         widths = [fed, *accumulate(more, initial=fed)][1:]
         rates = [(rows + gain) / self.times(width) for width, gain in zip(widths, gains, strict=True)]
         return max(range(len(rates)), key=rates.__getitem__)
+
+
+def _cuttable(draft: Draft) -> bool:
+    """Whether guesses may go by their chances: not where they were drawn, which would bend the law of the output."""
+    return draft.chances is not None and not draft.drawn

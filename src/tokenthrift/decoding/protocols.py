@@ -21,12 +21,14 @@ class Request:
         processors: what shapes the target's law; a sampled draft goes through them too.
         sample: whether tokens are drawn; else they are the likeliest.
         ends: end-of-sequence tokens.
+        tokenizer: the target's, where the session knows it.
     """
 
     model: Any
     processors: LogitsProcessorList
     sample: bool
     ends: frozenset[int]
+    tokenizer: Any = None
 
 
 class Drafter(Protocol):

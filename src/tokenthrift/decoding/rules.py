@@ -74,13 +74,14 @@ def transport(p: Tensor, q: Tensor, k: int) -> tuple[float, float, float]:
 
     ``beta(rho) = sum min(q, p / rho)``; rho solves ``1 - (1 - beta)^k = rho beta`` in [1, k], by bisection.
     """
-    p, q = p.double(), q.double()
+    likely = q > 0
+    p, q = p[likely].double(), q[likely].double()
 
     def beta(rho: float) -> float:
         return float(torch.minimum(q, p / rho).sum())
 
     low, high = 1.0, float(k)
-    for _ in range(60 if k > 1 else 0):
+    while high - low > 1e-10:  # every rho that is large enough is exact, the least accepts most
         rho = (low + high) / 2
         if 1 - (1 - beta(rho)) ** k > rho * beta(rho):
             low = rho

@@ -69,12 +69,15 @@ class PackedRunner:
         self.model, self.modules = model, modules
         self.cache = PackedCache(cache, real)
 
-    def forward(self, tokens: Sequence[int], drafts: Sequence[Draft | None]) -> list[Tensor]:
+    def forward(
+        self, tokens: Sequence[int], drafts: Sequence[Draft | None], before: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """As said at :class:`Runner`. For drafts that grow, ``before`` says how many of each row's tokens, the last
+        committed one included, earlier calls since the last commit have fed; logits are those of the others."""
         packing, device = self.cache.packing, self.model.device
-        packing.step = step = Step(drafts, device)
-        fed = [
-            t for token, draft in zip(tokens, drafts, strict=True) if draft is not None for t in (token, *draft.tokens)
-        ]
+        packing.step = step = Step(drafts, device, before)
+        rows = zip(tokens, drafts, step.fed, strict=True)
+        fed = [t for token, draft, n in rows if draft is not None for t in (token, *draft.tokens)[n:]]
         self.seen = []
         with packed_attention(self.modules, self.cache), watching(self.watched, self.seen):
             out = self.model(

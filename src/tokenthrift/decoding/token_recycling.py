@@ -14,6 +14,7 @@ from ..core.errors import ThriftError
 from ..core.method import method
 from .draft import ROOT, Draft
 from .protocols import Request
+from .static_trees import best_tree, levels_of
 
 TEMPLATE = ("8", "84321111", "832111112100100101100", "5211100010010000001001100", "311001000010100", "20010000")
 """The paper's static tree of 80 nodes: level by level, how many children each node has, the root first. The children of
@@ -42,6 +43,8 @@ class TokenRecycling:
         prompt: let the matrix begin with what followed each token in the prompt. The authors' code does not.
         share: keep the matrix of a model from request to request, as the paper does: drafts get better, and hold tokens
             that other requests wrote. False begins every request with an empty one.
+        tree: "paper" is its static tree; "sequoia" the best tree of ``nodes`` guesses for how often successors of each
+            rank were right in earlier requests (:mod:`tokenthrift.decoding.static_trees`).
 
     Tokens without a row, at first all, have no children (the authors' code guesses token 0).
 
@@ -54,10 +57,13 @@ class TokenRecycling:
     adaptive: bool = True
     prompt: bool = True
     share: bool = True
+    tree: str = "paper"
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.nodes < 1:
             raise ThriftError("token_recycling needs k and nodes of at least 1")
+        if self.tree not in ("paper", "sequoia"):
+            raise ThriftError(f"token_recycling knows tree='paper' and 'sequoia', not {self.tree!r}")
 
     def start(self, tokens: Sequence[int], request: Request) -> RecyclingDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
@@ -114,6 +120,10 @@ class RecyclingDrafter:
     def __init__(self, method: TokenRecycling, matrix: Successors, prompt: Sequence[int]) -> None:
         self.method, self.matrix = method, matrix
         self.last = prompt[-1] if len(prompt) else None
+        self.template: Sequence[Sequence[int]] = [[int(width) for width in level] for level in TEMPLATE]
+        if method.tree == "sequoia":
+            rates = [max(round(share, 2), 0.01) for share in matrix.trust]
+            self.template = levels_of(best_tree(rates, {method.nodes + 1: 1.0}, depth=len(TEMPLATE) + 1))
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on from the last of these tokens."""
@@ -140,11 +150,11 @@ class RecyclingDrafter:
         chances: list[float] = []
         level: list[int | None] = [ROOT]  # nodes of the draft, None where one is missing
         slots = 0
-        for widths in TEMPLATE[:limit]:
+        for widths in self.template[:limit]:
             known = [node for node in level if node is not None]
             rows = iter(self.matrix[[self.last if node == ROOT else tokens[node] for node in known]] if known else [])
             following: list[int | None] = []
-            for node, width in zip(level, map(int, widths), strict=True):
+            for node, width in zip(level, widths, strict=True):
                 row = next(rows) if node is not None else []
                 for rank in range(width):
                     guess = row[rank] if rank < len(row) else -1

@@ -44,4 +44,6 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
 
 def _entries(layer: Any) -> tuple[int, int]:
     """How many entries a cache layer has, and how many tokens it has seen."""
-    return (layer.get_mask_sizes(0)[0] if layer.is_initialized else 0, layer.get_seq_length())
+    if not getattr(layer, "is_initialized", False):  # also convolutions and recurrent states, which have no entries
+        return (0, 0)
+    return (layer.get_mask_sizes(0)[0], layer.get_seq_length())

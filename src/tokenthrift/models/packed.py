@@ -33,14 +33,19 @@ class Step:
     """What is fed in one forward: of each row its last committed token, then its draft.
 
     Attributes:
-        widths: tokens of each row; 0 for rows that are done.
+        fed: of each row, how many of these tokens earlier forwards put into the cache, not committed yet: a tree that
+            grows is fed piece by piece.
+        widths: tokens of each row that are fed now; 0 for rows that are done.
         rows, offsets: ``(tokens,)`` int64, the row of every packed token and its place among those of its row.
         masks: masks that layers of one kind share, made at first use.
     """
 
-    def __init__(self, drafts: Sequence[Draft | None], device: torch.device) -> None:
+    def __init__(self, drafts: Sequence[Draft | None], device: torch.device, fed: Sequence[int] | None = None) -> None:
         self.drafts = drafts
-        self.widths = [0 if draft is None else len(draft) + 1 for draft in drafts]
+        self.fed = [0] * len(drafts) if fed is None else list(fed)
+        self.widths = [
+            0 if draft is None else len(draft) + 1 - before for draft, before in zip(drafts, self.fed, strict=True)
+        ]
         self.device = device
         self.masks: dict[tuple[int, int | None, bool], Tensor | None] = {}
         if len(drafts) > 1:
@@ -52,7 +57,12 @@ class Step:
     @property
     def depths(self) -> list[int]:
         """Of every packed token, below its row's last committed one."""
-        return [d for draft in self.drafts if draft is not None for d in (0, *draft.depths)]
+        rows = zip(self.drafts, self.fed, strict=True)
+        return [d for draft, fed in rows if draft is not None for d in (0, *draft.depths)[fed:]]
+
+    def columns(self, base: int, grown: Sequence[int]) -> int:
+        """Of a buffer that has this step's tokens: ``base``, then of each row what was committed, then the step."""
+        return base + max(g + f + w for g, f, w in zip(grown, self.fed, self.widths, strict=True))
 
 
 class Packing:
@@ -89,24 +99,28 @@ class Packing:
 
     def _mask(self, base: int, window: int | None, held: Tensor | None) -> Tensor | None:
         step, grown = self.step, self.grown
-        width, columns = max(step.widths), base + max(g + w for g, w in zip(grown, step.widths, strict=True))
+        width, columns = max(step.widths), step.columns(base, grown)
         if len(grown) == 1 and window is None and held is None and width == 1:
-            return None
+            draft = step.drafts[0]
+            if draft is None or draft.is_chain:
+                return None
         mask = torch.zeros(len(grown), 1, width, columns, dtype=torch.bool)
         places = torch.zeros(len(grown), columns, dtype=torch.long)
-        for b, (draft, n, g, w) in enumerate(zip(step.drafts, self.lengths, grown, step.widths, strict=True)):
+        for b, (draft, n, g, f, w) in enumerate(
+            zip(step.drafts, self.lengths, grown, step.fed, step.widths, strict=True)
+        ):
             mask[b, 0, :, :base] = True if held is None else held[b]
             mask[b, 0, :, base : base + g] = True
             if draft is None:
                 continue
-            new = slice(base + g, base + g + w)
-            mask[b, 0, :w, new] = draft.ancestors()
+            new = slice(base + g, base + g + f + w)
+            mask[b, 0, :w, new] = draft.ancestors()[f:]
             if window is not None:
                 past = torch.ones(base, dtype=torch.long) if held is None else held[b].long()
                 places[b, :base] = n - past.flip(0).cumsum(0).flip(0)
                 places[b, base : base + g] = n + torch.arange(g)
                 places[b, new] = n + g + torch.tensor([0, *draft.depths])
-                mask[b, 0, :w] &= places[b, new, None] - places[b] < window
+                mask[b, 0, :w] &= places[b, new, None][f:] - places[b] < window
         return mask.to(step.device)
 
 
@@ -133,14 +147,15 @@ class PackedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Put ``(1, kv_heads, tokens, dim)`` where they belong; returns all columns in use."""
         packing, step = self.packing, self.packing.step
-        columns = self.base + max(g + w for g, w in zip(packing.grown, step.widths, strict=True))
+        columns = step.columns(self.base, packing.grown)
         self._make_room(columns)
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             assert buffer is not None
             if len(packing.grown) == 1:
                 buffer[:, :, columns - step.widths[0] : columns] = new
             else:
-                starts = torch.tensor([self.base + g for g in packing.grown], device=buffer.device)
+                places = [self.base + g + f for g, f in zip(packing.grown, step.fed, strict=True)]
+                starts = torch.tensor(places, device=buffer.device)
                 buffer[step.rows, :, starts[step.rows] + step.offsets] = new[0].transpose(0, 1)
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, :columns], self.values[:, :, :columns]
@@ -153,7 +168,8 @@ class PackedLayer(CacheLayerMixin):
             return plain
         if plain is None:
             assert self.keys is not None
-            plain = torch.ones(1, 1, 1, self.base + self.packing.grown[0] + 1, dtype=torch.bool, device=real.device)
+            columns = self.packing.step.columns(self.base, self.packing.grown)
+            plain = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=real.device)
         seen = functional.pad(real, (0, plain.shape[-1] - self.base), value=True)
         return plain & seen.repeat_interleave(heads // seen.shape[1], dim=1).unsqueeze(2)
 
@@ -214,12 +230,12 @@ class PackedCache(Cache):
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit, row by row, the fed token and these nodes; rows that fed nothing have nothing."""
-        for row, (nodes, width) in enumerate(zip(paths, self.packing.step.widths, strict=True)):
-            if width:
-                for layer in self.packed:
-                    layer.keep(row, nodes)
-        for row, (nodes, width) in enumerate(zip(paths, self.packing.step.widths, strict=True)):
-            self.packing.grown[row] += (len(nodes) + 1) if width else 0
+        live = [row for row, draft in enumerate(self.packing.step.drafts) if draft is not None]
+        for row in live:
+            for layer in self.packed:
+                layer.keep(row, paths[row])
+        for row in live:
+            self.packing.grown[row] += len(paths[row]) + 1
 
     def give_back(self) -> None:
         """Make the cache that this one stands for hold what is committed. Columns stay those of the text."""
