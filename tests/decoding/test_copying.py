@@ -26,11 +26,13 @@ def noisy_text(seed: int, length: int, vocabulary: int = 5) -> list[int]:
 
 def test_trust_multiplies_along_the_copy_and_follows_what_happened():
     trust = Trust(3)
-    assert trust.chances(1, 4) == pytest.approx([1 / 2, 3 / 8, 21 / 64, 147 / 512])
+    assert trust.chances(1, 4) == pytest.approx([0.1, 0.1 * 0.3, 0.1 * 0.3 * 0.5])
     assert trust.chances(7, 2) == trust.chances(3, 2)
+    trust.note(3, True)
+    assert trust.chances(3, 1) == pytest.approx([0.5 + 0.5 / 5])  # the start counts as four guesses
     for _ in range(50):
         trust.note(2, False)
-    assert trust.chances(1, 4) == pytest.approx([0.5])  # the second is below one in a hundred
+    assert trust.chances(1, 4) == pytest.approx([0.1])
     assert len(trust.chances(1, 4, least=0.0)) == 4
     for _ in range(200):
         trust.note(3, True)

@@ -35,6 +35,7 @@ class DecodeStats:
             ``prefill_seconds`` the prefill.
         by_depth: how many guesses were verified and how many accepted, at depth 1, 2, ... of the drafts, in all rows.
         by_source: the same by where a guess came from.
+        extra: what a method with a loop of its own counts, by name.
     """
 
     committed: int = 0
@@ -47,6 +48,7 @@ class DecodeStats:
     verify_seconds: float = 0.0
     by_depth: list[list[int]] = field(default_factory=list)
     by_source: dict[str, list[int]] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
 
     def note(self, drafts: Sequence[Draft | None], verdicts: Sequence[Verdict]) -> None:
         """Count the guesses of a step."""
@@ -148,6 +150,8 @@ def speculate(
     planner = Planner(runner.free and (batch == 1 or not verifier.joint), model)
     logits: Sequence[Tensor] = outputs.logits[:, -1:]
     try:
+        if hasattr(drafters, "attach"):
+            drafters.attach(runner)
         with model._optimize_model_for_decode():
             while True:
                 verdicts = verifier(text, drafts, logits)

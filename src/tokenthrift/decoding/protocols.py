@@ -50,7 +50,10 @@ DrafterFactory: TypeAlias = Callable[[Sequence[int], Request], Drafter]
 
 
 class Drafters(Protocol):
-    """The drafters of a whole batch, for methods that run a model of their own over all rows at once."""
+    """The drafters of a whole batch, for methods that run a model of their own over all rows at once.
+
+    They may also have ``attach(runner)``, called once after the prefill, for those that draft with the target itself.
+    """
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> None:
         """The tokens committed, row by row; none for rows that are done."""

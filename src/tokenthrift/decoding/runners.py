@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import QuantizedCache
 
 from ..core.errors import ThriftError
 from ..models.decoder import find_attentions
+from ..models.depth import watching
 from ..models.packed import PackedCache, Step, can_pack, packed_attention
 from .draft import Draft
 
@@ -58,10 +59,13 @@ class PackedRunner:
     """All rows' tokens in one packed forward; see :mod:`tokenthrift.models.packed`."""
 
     free = True
+    watched: Sequence[nn.Module] = ()
+    """Modules whose outputs in the last forward are kept in :attr:`seen`, in the order in which they ran."""
 
     def __init__(self, model: Any, modules: Sequence[Any], cache: Any, real: Tensor | None) -> None:
         if real is not None and bool(real.all()):
             real = None
+        self.seen: list[Tensor] = []
         self.model, self.modules = model, modules
         self.cache = PackedCache(cache, real)
 
@@ -74,7 +78,8 @@ class PackedRunner:
         packing.step = step = Step(drafts, device, before)
         rows = zip(tokens, drafts, step.fed, strict=True)
         fed = [t for token, draft, n in rows if draft is not None for t in (token, *draft.tokens)[n:]]
-        with packed_attention(self.modules, self.cache):
+        self.seen = []
+        with packed_attention(self.modules, self.cache), watching(self.watched, self.seen):
             out = self.model(
                 input_ids=torch.tensor([fed], device=device),
                 position_ids=torch.tensor([packing.positions()], device=device),

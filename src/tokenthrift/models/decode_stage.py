@@ -49,15 +49,20 @@ def install_decode(adapter: Any, method: Any, session: Session, undo: ExitStack)
             raise ThriftError("drafts do not work with synced_gpus: processes would disagree on the number of forwards")
         _pass_stop_strings(model, call, given)
         # generate hands a custom function no streamer, so it is bound here; generate itself streams the prompt.
-        call.arguments["custom_generate"] = partial(
-            speculate,
-            start=getattr(method, "start_batch", None) or each_row(method.start),
-            rule=getattr(method, "rule", "sample"),
-            tokenizer=getattr(session.processor, "tokenizer", session.processor),
-            streamer=given.get("streamer"),
-            on_step=getattr(given.get("streamer"), "on_step", None),
-            on_done=partial(_record, session),
-        )
+        streamer = given.get("streamer")
+        how: dict[str, Any] = {"streamer": streamer, "on_done": partial(_record, session)}
+        if hasattr(method, "decode"):  # a loop of its own
+            decode: Any = partial(method.decode, processor=session.processor, **how)
+        else:
+            decode = partial(
+                speculate,
+                start=getattr(method, "start_batch", None) or each_row(method.start),
+                rule=getattr(method, "rule", "sample"),
+                tokenizer=getattr(session.processor, "tokenizer", session.processor),
+                on_step=getattr(streamer, "on_step", None),
+                **how,
+            )
+        call.arguments["custom_generate"] = decode
         return plain(*call.args, **call.kwargs)
 
     setattr(generate, _MARK, True)
@@ -89,6 +94,8 @@ def _record(session: Session, stats: DecodeStats) -> None:
     extra = record.extra
     for name in ("drafts", "drafted", "accepted", "prefill_seconds", "draft_seconds", "verify_seconds"):
         extra[name] = extra.get(name, 0) + getattr(stats, name)
+    for name, value in stats.extra.items():
+        extra[name] = extra.get(name, 0) + value
     # Tokens a forward commits after the prefill, which commits one a call: accepted ones and the model's own.
     steps = record.tokens_after - record.calls
     extra["mean_accepted_length"] = (record.tokens_before - record.calls) / steps if steps else 0.0
