@@ -36,14 +36,14 @@ class StepTimes:
         self._seen.setdefault(_width(tokens), deque(maxlen=SAMPLES)).append(seconds)
 
     def __call__(self, tokens: int) -> float:
-        """The estimate for so many tokens, never less than for fewer; without any measurement in forwards of one."""
+        """The estimate for so many tokens; without any measurement in forwards of one.
+
+        It may fall where there are more: products of two or three rows can take longer than those of eight.
+        """
         known = {w: sorted(times)[len(times) // 4] for w, times in self._seen.items()}
         if not known:
             return 1 + SLOPE * (tokens - 1)
         trusted = sorted(w for w in known if len(self._seen[w]) >= TRUSTED) or sorted(known)
-        least = 0.0
-        for width in trusted:  # on a busy machine wide forwards may have been luckier than narrow ones
-            known[width] = least = max(known[width], least)
         at = bisect_left(trusted, tokens)
         if at == len(trusted) or trusted[at] == tokens or at == 0:
             near = trusted[min(at, len(trusted) - 1)]
