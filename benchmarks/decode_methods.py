@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts in a batch")
     parser.add_argument("--out", type=Path, help="JSONL file to write results to, and to go on from")
     parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of those on the wall")
+    parser.add_argument("--prepack", action="store_true", help="run all ways, plain ones too, with prepacked weights")
     parser.add_argument("--details", action="store_true", help="print a row a prompt, too")
     parser.add_argument("--profile", action="store_true", help="instead: time outside forwards, on one prompt a kind")
     args = parser.parse_args()
@@ -84,8 +85,11 @@ def run(args: argparse.Namespace) -> None:
             ways[ASSISTANT] = (None, {"assistant_model": tt.load(args.assistant)[0]})
     ways |= {plan: (plan, {}) for plan in plans}
 
+    if args.prepack:
+        tt.apply(None, model, prepack=True).install()
     settings = {
         "model": args.model,
+        "prepack": args.prepack,
         "new_tokens": args.new_tokens,
         "batch": args.batch,
         "threads": torch.get_num_threads(),
