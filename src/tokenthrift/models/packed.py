@@ -37,7 +37,8 @@ class Step:
             grows is fed piece by piece.
         widths: tokens of each row that are fed now; 0 for rows that are done.
         rows, offsets: ``(tokens,)`` int64, the row of every packed token and its place among those of its row.
-        masks: masks that layers of one kind share, made at first use.
+        masks: masks that layers of one kind share, made at first use; ``tiled`` these as attention takes them.
+        places: for layers that held so many columns, where the tokens go.
     """
 
     def __init__(self, drafts: Sequence[Draft | None], device: torch.device, fed: Sequence[int] | None = None) -> None:
@@ -48,6 +49,8 @@ class Step:
         ]
         self.device = device
         self.masks: dict[tuple[int, int | None, bool], Tensor | None] = {}
+        self.tiled: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.places: dict[int, Tensor] = {}
         if len(drafts) > 1:
             widths = torch.tensor(self.widths)
             self.rows = torch.arange(len(drafts)).repeat_interleave(widths).to(device)
@@ -80,6 +83,14 @@ class Packing:
         self.lengths: list[int] = [seen] * batch if real is None else real.sum(1).tolist()
         self.grown = [0] * batch
         self.step: Step
+
+    def places(self, base: int) -> Tensor:
+        """``(tokens,)`` int64: the columns that the packed tokens go to, in a layer that held ``base`` columns."""
+        step = self.step
+        if base not in step.places:
+            starts = torch.tensor([base + g + f for g, f in zip(self.grown, step.fed, strict=True)], device=step.device)
+            step.places[base] = starts[step.rows] + step.offsets
+        return step.places[base]
 
     def positions(self) -> list[int]:
         """Of the packed tokens, each in its own row's text."""
@@ -154,9 +165,7 @@ class PackedLayer(CacheLayerMixin):
             if len(packing.grown) == 1:
                 buffer[:, :, columns - step.widths[0] : columns] = new
             else:
-                places = [self.base + g + f for g, f in zip(packing.grown, step.fed, strict=True)]
-                starts = torch.tensor(places, device=buffer.device)
-                buffer[step.rows, :, starts[step.rows] + step.offsets] = new[0].transpose(0, 1)
+                buffer[step.rows, :, packing.places(self.base)] = new[0].transpose(0, 1)
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, :columns], self.values[:, :, :columns]
 
@@ -297,17 +306,29 @@ def _attention_over(base: str) -> Any:
         layer, step = cache.packed[module.layer_idx], cache.packing.step  # type: ignore[index]
         mask = layer.mask(query.shape[1])
         if len(step.widths) == 1:
-            return _attend(base, module, query, key, value, mask, kwargs), None
-        rows = query.new_zeros(len(step.widths), max(step.widths), query.shape[1], query.shape[-1])
+            return _attend(base, module, query, key, value, mask, step, kwargs), None
+        batch, width = len(step.widths), max(step.widths)
+        if min(step.widths) == width:  # nothing to fill up
+            rows = query[0].transpose(0, 1).reshape(batch, width, query.shape[1], query.shape[-1]).transpose(1, 2)
+            out = _attend(base, module, rows, key, value, mask, step, kwargs)
+            return out.reshape(1, batch * width, *out.shape[2:]), None
+        rows = query.new_zeros(batch, width, query.shape[1], query.shape[-1])
         rows[step.rows, step.offsets] = query[0].transpose(0, 1)
-        out = _attend(base, module, rows.transpose(1, 2), key, value, mask, kwargs)
+        out = _attend(base, module, rows.transpose(1, 2), key, value, mask, step, kwargs)
         return out[step.rows, step.offsets].unsqueeze(0), None
 
     return attention
 
 
 def _attend(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    step: Step,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """``(batch, tokens, heads, dim)``."""
     shared = query.shape[1] // key.shape[1]
@@ -316,14 +337,23 @@ def _attend(
         # The query heads that share a key head as further queries of it: keys and values are not copied.
         batch, heads, width, dim = query.shape
         grouped = query.reshape(batch, heads // shared, shared * width, dim)
-        if mask is not None and shared > 1:
-            mask = mask.expand(batch, 1, width, -1).repeat(1, 1, shared, 1)
+        if mask is not None:
+            mask = _tiled(mask, shared, step, query)
         out = functional.scaled_dot_product_attention(grouped, key, value, mask, scale=kwargs.get("scaling"))
         return out.reshape(batch, heads, width, -1).transpose(1, 2)
     if mask is not None and base == "eager":
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        mask = _tiled(mask, 1, step, query)
     default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     run: Any = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
     kwargs = {**kwargs, "is_causal": False}
     attended: Tensor = run(module, query, key, value, mask, **kwargs)[0]
     return attended
+
+
+def _tiled(mask: Tensor, shared: int, step: Step, query: Tensor) -> Tensor:
+    """The mask as a bias, for query heads that share a key head one below the other; made once a step."""
+    key = (id(mask), shared)
+    if key not in step.tiled:
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        step.tiled[key] = mask, bias.repeat(1, 1, shared, 1)  # with the mask, so that no other gets its id
+    return step.tiled[key][1]
