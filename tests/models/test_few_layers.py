@@ -2,30 +2,15 @@
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
 
 import tokenthrift as tt
-from models.encoders import spread, text_encoder, texts
+from models.encoders import text_encoder, texts
 from tokenthrift.ops.clustering import k_medoids
 from tokenthrift.vision.evit import EViT
+from vision.tiny import ENCODERS, build
 from vision.views import view
 
-TINY = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 40, "patch_size": 8}
-MODELS = {
-    "dinov2": (lambda: Dinov2Model(Dinov2Config(**TINY, layerscale_value=0.7)), 1),
-    "registers": (lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY, num_register_tokens=3)), 4),
-    "clip": (lambda: CLIPVisionModel(CLIPVisionConfig(**TINY, intermediate_size=48)), 1),
-    "siglip": (lambda: SiglipVisionModel(SiglipVisionConfig(**TINY, intermediate_size=48)), 0),
-}
+MODELS = ("dinov2", "registers", "clip", "siglip")
 LEFT = dict.fromkeys(("tps", "kmedoids", "dpc_knn", "sinkhorn", "token_transforming"), 9) | {"evit": 10}
 """Of 25 patches, 0.343 rounded up; evit has its fused token besides."""
 close = {"rtol": 1e-4, "atol": 1e-4}
@@ -40,11 +25,6 @@ def _quick():
     torch.set_num_threads(threads)
 
 
-def build(name):
-    torch.manual_seed(0)
-    return spread(MODELS[name][0]().eval())
-
-
 def pixels(batch=2, seed=1):
     return torch.randn(batch, 3, 40, 40, generator=torch.Generator().manual_seed(seed))
 
@@ -52,7 +32,7 @@ def pixels(batch=2, seed=1):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("call", LEFT)
 def test_runs_and_leaves_what_it_says(name, call):
-    model, prefix = build(name), MODELS[name][1]
+    model, prefix = build(name, layers=4), ENCODERS[name][1]
     with tt.apply(f"vision={call}", model) as session:
         out = model(pixels()).last_hidden_state
     assert out.shape == (2, prefix + LEFT[call], 24) and out.isfinite().all()
@@ -66,7 +46,7 @@ def test_runs_and_leaves_what_it_says(name, call):
 
 @pytest.mark.parametrize("call", [*LEFT, "centerclip"])
 def test_keeping_all_is_bit_identical(call):
-    model = build("clip")
+    model = build("clip", layers=4)
     full = "at=1, centers=1.0" if call == "centerclip" else "keep=1.0"
     with tt.apply(f"vision={call}({full})", model):
         out = model(pixels()).last_hidden_state
@@ -75,7 +55,7 @@ def test_keeping_all_is_bit_identical(call):
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_evit_is_the_block_written_out(fuse):
-    model, method = build("clip"), EViT(keep=0.25, layers=(1, 2), fuse=fuse)
+    model, method = build("clip", layers=4), EViT(keep=0.25, layers=(1, 2), fuse=fuse)
     inputs = []
     handle = model.encoder.layers[0].register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     model(pixels())
@@ -97,7 +77,7 @@ def test_evit_is_the_block_written_out(fuse):
 
 
 def test_centerclip_makes_one_sequence_of_a_segment():
-    model, video = build("clip"), pixels(batch=6)
+    model, video = build("clip", layers=4), pixels(batch=6)
     hidden = model(video, output_hidden_states=True).hidden_states
     with tt.apply("vision=centerclip(at=2, frames=3, centers=9)", model) as session:
         out = model(video).last_hidden_state
@@ -115,7 +95,7 @@ def test_centerclip_makes_one_sequence_of_a_segment():
 
 
 def test_centerclip_needs_a_layer_that_exists():
-    model = build("clip")
+    model = build("clip", layers=4)
     with tt.apply("vision=centerclip", model), pytest.raises(tt.ThriftError, match="write at=0 to at=3"):
         model(pixels())
 

@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
 import tokenthrift as tt
-from models.encoders import TimmLike, spread, text_encoder, texts
+from models.encoders import text_encoder, texts
 from tokenthrift.vision.diffrate import DiffRate
 from tokenthrift.vision.mctf import MCTF
+from vision.tiny import build
 
-TINY = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 40, "patch_size": 8}
-MODELS = {
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**TINY, layerscale_value=0.7)),
-    "vit": lambda: ViTModel(ViTConfig(**TINY, intermediate_size=48)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**TINY, intermediate_size=48)),
-    "timm": lambda: TimmLike(depth=4),
-}
+MODELS = ("dinov2", "vit", "siglip", "timm")
 PLANS = ("mctf(keep=0.5)", "mctf(r=3, one_step_ahead=False)", "mctf(r=0.1, pooling='max')", "diffrate(keep=0.5)")
 close = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -27,11 +21,6 @@ def _quick():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
-
-
-def build(name):
-    torch.manual_seed(0)
-    return spread(MODELS[name]().eval())
 
 
 def pixels():
@@ -46,7 +35,7 @@ def output(model, x):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_tokens_go_and_come_back(name, plan):
-    model, x = build(name), pixels()
+    model, x = build(name, layers=4), pixels()
     dense = output(model, x)
     with tt.apply(f"vision={plan}", model) as session:
         out = output(model, x)
@@ -70,7 +59,7 @@ def test_tokens_go_and_come_back(name, plan):
     "plan", ["mctf(r=0)", "mctf(keep=1.0)", "diffrate(keep=1.0)", "diffrate(prune=[99, 99, 99, 99])"]
 )
 def test_no_reduction_is_bit_identical(name, plan):
-    model, x = build(name), pixels()
+    model, x = build(name, layers=4), pixels()
     dense = output(model, x)
     with tt.apply(f"vision={plan}", model):
         assert torch.equal(output(model, x), dense)
@@ -96,7 +85,7 @@ def shown(h, attention, sizes, i):
 @pytest.mark.parametrize("pooling", ["size", "attention", "max"])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_mctf_is_the_block_of_the_paper(pooling, ahead):
-    model, x, method = build("dinov2"), pixels(), MCTF(r=4, pooling=pooling, one_step_ahead=ahead)
+    model, x, method = build("dinov2", layers=4), pixels(), MCTF(r=4, pooling=pooling, one_step_ahead=ahead)
     h, sizes = model.embeddings(x), torch.ones(2, 26)
     for i, layer in enumerate(model.encoder.layer):
         attention, v = attend(layer, h, sizes)
@@ -115,7 +104,7 @@ def test_mctf_is_the_block_of_the_paper(pooling, ahead):
 
 
 def test_diffrate_is_the_block_of_the_paper():
-    model, x, method = build("dinov2"), pixels(), DiffRate(prune=[26, 22, 22, 14], merge=[26, 20, 16, 14])
+    model, x, method = build("dinov2", layers=4), pixels(), DiffRate(prune=[26, 22, 22, 14], merge=[26, 20, 16, 14])
     h, sizes = model.embeddings(x), torch.ones(2, 26)
     for i, layer in enumerate(model.encoder.layer):
         attention, v = attend(layer, h, sizes)
