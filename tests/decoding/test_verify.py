@@ -38,7 +38,7 @@ def judge(verifier: Verifier, prompts, drafts, logits) -> tuple[list[list[int]],
     """What is committed after ``prompts`` for chains, row by row."""
     text = Text(torch.tensor(prompts), 8)
     verdicts = verifier(text, [Draft.chain(draft) for draft in drafts], logits)
-    assert all(v.path == list(range(len(v.tokens) - 1)) for v in verdicts)
+    assert all(v.cached == list(range(len(v.tokens) - 1)) for v in verdicts)
     return [v.tokens for v in verdicts], text
 
 

@@ -156,7 +156,7 @@ def speculate(
             while True:
                 verdicts = verifier(text, drafts, logits)
                 if stats.forwards:
-                    runner.commit([verdict.path for verdict in verdicts])
+                    runner.commit([verdict.cached for verdict in verdicts])
                 drafters.observe(drafts, logits)
                 del logits, outputs  # may be large
                 stats.committed = max(text.lengths) - input_ids.shape[1]

@@ -124,10 +124,18 @@ class Text:
 
 @dataclass
 class Verdict:
-    """Of one row: the tokens committed, and the nodes of the draft that stand. The last token may be no node."""
+    """Of one row: the tokens committed, and the nodes of the draft that stand. The last token may be no node.
+
+    The last token is not in the cache yet, also where it is a node: see :attr:`cached`.
+    """
 
     tokens: list[int] = field(default_factory=list)
     path: list[int] = field(default_factory=list)
+
+    @property
+    def cached(self) -> list[int]:
+        """The nodes whose keys and values stay: of all tokens but the last, which the next forward is fed."""
+        return self.path[: max(len(self.tokens) - 1, 0)]
 
 
 class Verifier:
@@ -234,9 +242,6 @@ class Verifier:
                     verdicts[row].path.append(child)
             if not agree or all(self.done[row] for row in rows):
                 break
-        shared = len(verdicts[rows[0]].tokens) - 1  # the last token is committed, but not yet in the cache
-        for row in rows:
-            del verdicts[row].path[shared:]
 
     def _choose(
         self,
