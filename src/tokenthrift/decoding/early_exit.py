@@ -14,11 +14,11 @@ from torch import Tensor
 from ..core.errors import ThriftError
 from ..models.depth import Depth
 from ..models.packed import Step, packed_attention
+from .chances import SURE
 from .draft import NOTHING, Draft
 from .protocols import Request
 from .runners import PackedRunner
 
-_SURE = 0.995  # no estimate of an acceptance exceeds this
 _RARELY = 32  # steps between two looks at the exits while nothing is drafted, at most
 
 
@@ -64,7 +64,7 @@ class Acceptance:
 
     def rate(self, exit: int) -> float:
         """The estimate."""
-        return min(self.hits.get(exit, 0.0) / (self.tries.get(exit, 0.0) + 1), _SURE)
+        return min(self.hits.get(exit, 0.0) / (self.tries.get(exit, 0.0) + 1), SURE)
 
 
 @dataclass

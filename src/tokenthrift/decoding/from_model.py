@@ -12,28 +12,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.generation import logits_process
 
 from ..core.errors import ThriftError
 from ..models.decoder import context_length
+from .chances import whole
 from .draft import NOTHING, ROOT, Draft
 from .growing import Growth, Tree, Trust
 from .model_text import ModelText
 from .protocols import Request
-from .verify import BY_ROW, of_row
+from .verify import BLIND, BY_ROW, of_row
 from .vocab_trim import TokenCounts
 from .vocabularies import TrimmedHead, Vocabulary, match
 
-_BLIND = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-        "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "SuppressTokensLogitsProcessor",
-        "InfNanRemoveLogitsProcessor", "LogitNormalization",
-    )
-    if hasattr(logits_process, name)
-)  # fmt: skip
-"""Logits processors that read no tokens, so that all nodes can go through them at once."""
 _RATE = 1 / 16  # how fast measured times follow
 
 
@@ -90,10 +80,7 @@ class FromModel:
     def check(self, **least: int) -> None:
         """Raise ThriftError for parameters that are not whole numbers of at least so much."""
         for name, bound in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
-                method = self.info.name  # type: ignore[attr-defined]
-                raise ThriftError(f"{method} needs {name} as a whole number of at least {bound}, not {value!r}")
+            whole(self.info.name, bound, **{name: getattr(self, name)})  # type: ignore[attr-defined]
 
     def grow(self, tree: Tree, limit: int) -> Growth:
         """Grow a tree at most ``limit`` deep; see :mod:`tokenthrift.decoding.growing`."""
@@ -144,7 +131,7 @@ class ModelDrafters:
         self._processors = [
             [p for p in of_row(request.processors, row) if type(p) in BY_ROW] for row in range(len(prompts))
         ]
-        self._blind = all(type(p) in _BLIND for row in self._processors for p in row)
+        self._blind = all(type(p) in BLIND for row in self._processors for p in row)
 
     def _trimmed(self, path: str) -> list[int]:
         counts = TokenCounts.load(path)

@@ -9,12 +9,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .chances import SURE
 from .draft import ROOT, Draft, Drawn
 
 Growth: TypeAlias = Generator[list[int], Tensor, None]
 """Yields nodes, parents first and each once, and is sent the laws ``(nodes, vocabulary)`` of what follows them."""
 _EDGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-_DECAY, _PRIOR, _SURE = 0.99, 1.0, 0.995
+_DECAY, _PRIOR = 0.99, 1.0
 
 
 class Trust:
@@ -30,7 +31,7 @@ class Trust:
     def __call__(self, q: float) -> float:
         """The chance that a guess of probability ``q`` stands, once all above it do."""
         band = bisect_left(_EDGES, q)
-        return min(q * self._stood[band] / self._said[band], _SURE)
+        return min(q * self._stood[band] / self._said[band], SURE)
 
     def note(self, q: float, stood: bool) -> None:
         """A guess of probability ``q`` was judged."""

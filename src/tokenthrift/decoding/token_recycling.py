@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.errors import ThriftError
 from ..core.method import method
+from .chances import HOPELESS
 from .draft import ROOT, Draft
 from .protocols import Request
 from .static_trees import best_tree, levels_of
@@ -19,7 +20,7 @@ from .static_trees import best_tree, levels_of
 TEMPLATE = ("8", "84321111", "832111112100100101100", "5211100010010000001001100", "311001000010100", "20010000")
 """The paper's static tree of 80 nodes: level by level, how many children each node has, the root first. The children of
 a node are the likeliest successors of its token."""
-_RATE, _HOPELESS = 1 / 32, 0.01
+_RATE = 1 / 32
 
 
 @method(
@@ -161,7 +162,7 @@ class RecyclingDrafter:
                     above = 1.0 if node in (ROOT, None) else chances[node]  # type: ignore[index]
                     chance = above * self.matrix.trust[rank] if rank < len(row) else 0.0
                     slots += 1
-                    if guess < 0 or slots > self.method.nodes or (self.method.adaptive and chance < _HOPELESS):
+                    if guess < 0 or slots > self.method.nodes or (self.method.adaptive and chance < HOPELESS):
                         following.append(None)
                         continue
                     following.append(len(tokens))

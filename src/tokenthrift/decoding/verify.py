@@ -22,17 +22,23 @@ from transformers.generation.stopping_criteria import (
 from .draft import ROOT, Draft
 from .rules import LOSSY, RULES, Rule, sample
 
-BY_ROW = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-        "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "RepetitionPenaltyLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor",
-        "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "SuppressTokensLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty", "LogitNormalization",
-    )
-    if hasattr(logits_process, name)
+
+def _those_there(*names: str) -> tuple[type, ...]:
+    """Of these logits processors the ones that this version of transformers has."""
+    return tuple(getattr(logits_process, name) for name in names if hasattr(logits_process, name))
+
+
+BLIND = _those_there(
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor", "LogitNormalization",
+)  # fmt: skip
+"""Logits processors that read no tokens, so that all nodes of a tree can go through them at once."""
+BY_ROW = BLIND + _those_there(
+    "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor",
+    "SuppressTokensAtBeginLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
 )  # fmt: skip
 """Logits processors that do to a row of a batch what they would do to it alone, and keep no state."""
 

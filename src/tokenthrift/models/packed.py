@@ -146,7 +146,7 @@ class PackedLayer(CacheLayerMixin):
         self.base = int(layer.keys.shape[-2])  # type: ignore[union-attr]
         self.window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         self.is_sliding = self.window is not None
-        if self.window is not None and hasattr(layer, "sliding_window"):
+        if self.window is not None:
             self.sliding_window = self.window
         self.keys, self.values = layer.keys, layer.values
         self.dtype, self.device = layer.dtype, layer.device
