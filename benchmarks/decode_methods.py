@@ -21,8 +21,9 @@ import cProfile
 import inspect
 import json
 import pstats
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="prompts in a batch")
     parser.add_argument("--out", type=Path, help="JSONL file to write results to, and to go on from")
     parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of those on the wall")
-    parser.add_argument("--prepack", action="store_true", help="run all ways, plain ones too, with prepacked weights")
+    parser.add_argument("--linears", default="auto", help="product of linear layers in the plans (tt.apply's linears)")
     parser.add_argument("--details", action="store_true", help="print a row a prompt, too")
     parser.add_argument("--profile", action="store_true", help="instead: time outside forwards, on one prompt a kind")
     args = parser.parse_args()
@@ -78,24 +79,26 @@ def run(args: argparse.Namespace) -> None:
     if args.profile:
         profile(model, [encode([p.prompt]) for p in prompts], options, plans)
         return
-    ways: dict[str, tuple[str | None, dict[str, Any]]] = {PLAIN: (None, {})}
+    ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {PLAIN: (nullcontext, {})}
     if args.batch == 1:  # transformers' own ways take no batches
-        ways[LOOKUP] = (None, {"prompt_lookup_num_tokens": 10})
+        ways[LOOKUP] = (nullcontext, {"prompt_lookup_num_tokens": 10})
         if args.assistant:
-            ways[ASSISTANT] = (None, {"assistant_model": tt.load(args.assistant)[0]})
-    ways |= {plan: (plan, {}) for plan in plans}
+            ways[ASSISTANT] = (nullcontext, {"assistant_model": tt.load(args.assistant)[0]})
+    ways |= {plan: (partial(tt.apply, plan, model, linears=args.linears), {}) for plan in plans}
+    with tt.apply(plans[0], model, linears=args.linears) as session:
+        product = session.linears
+    if product != "torch":  # what of the plans' speed is not drafting
+        ways[f"{PLAIN}, {product}"] = (partial(tt.apply, None, model, linears=product), {})
 
-    if args.prepack:
-        tt.apply(None, model, prepack=True).install()
     settings = {
         "model": args.model,
-        "prepack": args.prepack,
+        "linears": args.linears,
         "new_tokens": args.new_tokens,
         "batch": args.batch,
         "threads": torch.get_num_threads(),
     }
     rows, clock = Rows(args.out, settings), "cpu" if args.cpu else "seconds"
-    generate_once(model, encode(["Hello."]), {**options, "max_new_tokens": 8}, None, {})  # a warm-up
+    generate_once(model, encode(["Hello."]), {**options, "max_new_tokens": 8}, nullcontext, {})  # a warm-up
     for turn, group in enumerate(groups(prompts, args.batch)):
         missing = [way for way in ways if way != PLAIN and not rows.has(group, way)]
         if not missing:
@@ -121,11 +124,11 @@ def groups(prompts: list[Any], size: int) -> Iterator[list[Any]]:
         yield from (batch for of_kind in by_kind if (batch := of_kind[start : start + size]))
 
 
-def generate_once(model: Any, inputs: Any, options: dict[str, Any], plan: str | None, extra: dict[str, Any]) -> dict:
+def generate_once(model: Any, inputs: Any, options: dict[str, Any], way: Callable[[], Any], extra: dict) -> dict:
     """Seconds, tokens, and the forwards that made them, each row's counted."""
     calls: list[int] = []
     length = inputs["input_ids"].shape[1]
-    with tt.apply(plan, model) if plan else nullcontext() as session:
+    with way() as session:
         handle = model.register_forward_hook(lambda *_: calls.append(1))
         start, start_cpu = perf_counter(), process_time()
         out = model.generate(**inputs, **options, **extra)[:, length:]
@@ -135,7 +138,9 @@ def generate_once(model: Any, inputs: Any, options: dict[str, Any], plan: str | 
         handle.remove()
     tokens = [without_padding(row, model, options["pad_token_id"]) for row in out.tolist()]
     new = sum(map(len, tokens))
-    if session is not None:  # a forward brings a row one token, and those accepted; drafting may run the model, too
+    if (
+        session is not None and session.records
+    ):  # a forward brings a row one token, and those accepted; drafting may run the model, too
         forwards = new - int(session.records["decode"].extra["accepted"])
     else:
         forwards = len(calls) if len(tokens) == 1 else new

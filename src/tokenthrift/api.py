@@ -24,7 +24,7 @@ def apply(
     model: Any,
     processor: Any = None,
     *,
-    prepack: bool = False,
+    linears: str = "auto",
 ) -> Session:
     """A session that runs ``plan`` inside its ``with`` block, on the model itself: nothing is forked or copied.
 
@@ -33,17 +33,19 @@ def apply(
         model: any supported ``transformers`` model.
         processor: its tokenizer, needed only by plans with a text stage (for ``session.compress``) and by methods that
             look at words.
-        prepack: arrange the weights of linear layers for the fastest product, at the cost of a second copy of them: for
-            float32 models on a CPU, most of all with a decode stage, whose forwards of a few tokens then take little
-            longer than those of one. See :mod:`tokenthrift.models.prepack`.
+        linears: the product that linear layers take while the session lasts, for float32 models on a CPU: ``"torch"``,
+            ``"onednn"``, or ``"prepacked"``, which is the fastest and takes the weights' memory once more. ``"auto"``
+            changes nothing but with a decode stage, whose forwards of a few tokens oneDNN can make much shorter: then
+            the faster of the first two on this machine. See :mod:`tokenthrift.models.linears`.
 
     Raises:
-        ThriftError: unknown method, parameter or stage, or a model that no adapter fits, or that cannot be prepacked.
+        ThriftError: unknown method, parameter or stage, or a model that no adapter fits, or ``linears`` that it
+            cannot have.
     """
     from .models.adapters import adapter_for
 
     compressor = None if processor is None else _compressor(model, getattr(processor, "tokenizer", processor))
-    return Session(Plan.of(plan), adapter_for(model), compressor, processor, prepack)
+    return Session(Plan.of(plan), adapter_for(model), compressor, processor, linears)
 
 
 def compress(

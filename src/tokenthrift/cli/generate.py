@@ -21,12 +21,10 @@ def generate(
         typer.Option(help="A text file to put before the prompt, which is then a question about it."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate at most.", min=1)] = 64,
-    prepack: Annotated[
-        bool,
-        typer.Option(
-            "--prepack", help="Arrange weights for the fastest product first (CPU, takes their memory again)."
-        ),
-    ] = False,
+    linears: Annotated[
+        str,
+        typer.Option(help="Product of linear layers (float32, CPU): auto, torch, onednn, or prepacked (more memory)."),
+    ] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="Do not wrap the prompt in the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead.")] = False,
 ) -> None:
@@ -54,7 +52,7 @@ def generate(
     loaded, tokenizer = load(model)
     if not getattr(loaded, "can_generate", lambda: False)():
         raise ThriftError(f"{model} does not generate text: choose a causal language model")
-    with apply(chosen, loaded, processor=tokenizer, prepack=prepack) as session:
+    with apply(chosen, loaded, processor=tokenizer, linears=linears) as session:
         text, compressed = _shorten(session, chosen, document, question)
         with quiet():  # of its warning that the prompt is long: what is too long is refused below
             inputs = _encode(tokenizer, text, raw).to(loaded.device)

@@ -142,7 +142,7 @@ class Session:
         adapter: Adapter,
         compressor: Callable[..., Any] | None = None,
         processor: Any = None,
-        prepack: bool = False,
+        linears: str = "auto",
     ) -> None:
         # Text is reduced before it is tokenised, so no adapter installs it: `compress` is called by the user.
         self._stages = [s for s in plan.stages if s != "text"]
@@ -155,8 +155,9 @@ class Session:
         self.plan = plan
         self.adapter = adapter
         self.processor = processor
-        self.prepack = prepack
-        self.prepacked_bytes = 0
+        self.linears = "torch"  # the product in use, once installed
+        self.copied_bytes = 0  # of weights, for it
+        self._linears = linears if linears != "auto" or "decode" in plan.stages else "torch"
         self.records: dict[str, StageRecord] = {}
         self.forwards = 0
         self.flops = self.flops_dense = 0.0
@@ -173,10 +174,10 @@ class Session:
             raise ThriftError("this session is already installed; leave its with block before entering it again")
         with ExitStack() as undo:  # on an error half-way everything done so far is undone
             _compile_anew(undo)
-            if self.prepack:
-                from ..models.prepack import prepack_linears
+            if self._linears != "torch":
+                from ..models.linears import use_product
 
-                self.prepacked_bytes = prepack_linears(self.adapter.model, undo)
+                self.linears, self.copied_bytes = use_product(self.adapter.model, self._linears, undo)
             for stage in self._stages:
                 self.adapter.install(stage, self.plan.at(stage), self, undo)
             self._undo = undo.pop_all()
