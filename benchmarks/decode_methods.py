@@ -8,7 +8,9 @@ For every prompt (every batch of prompts of one kind, left-padded) all ways of d
 moves on by one from prompt to prompt; each way is compared with the plain generate of the same turn. A way sees each
 prompt once, since methods may learn from what they have generated. With --out, results are written prompt by prompt,
 and the same command goes on where it stopped; ways that are added later are timed beside a plain generate of their own.
-On a busy machine --cpu compares CPU seconds, which others disturb less; that is fair with one thread only.
+Plans run as ``tt.apply`` runs them, with the product of linear layers that is fastest here (``linears="auto"``); what
+that alone makes of plain generate is a way of its own. On a busy machine --cpu compares CPU seconds, which others
+disturb less; that is fair with one thread only.
 
 The table has, by kind: tokens a second relative to plain generate, tokens committed a forward, and the share of
 generated tokens that plain generate would have written at their place (in float32 100%, but for near-ties).
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSONL file to write results to, and to go on from")
     parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of those on the wall")
     parser.add_argument("--linears", default="auto", help="product of linear layers in the plans (tt.apply's linears)")
-    parser.add_argument("--details", action="store_true", help="print a row a prompt, too")
+    parser.add_argument("--details", action="store_true", help="print a row a prompt, or what takes the time, too")
     parser.add_argument("--profile", action="store_true", help="instead: time outside forwards, on one prompt a kind")
     args = parser.parse_args()
     try:
@@ -76,9 +78,6 @@ def run(args: argparse.Namespace) -> None:
         kwargs = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         return tokenizer.apply_chat_template(chats, padding=len(texts) > 1, **kwargs).to(model.device)
 
-    if args.profile:
-        profile(model, [encode([p.prompt]) for p in prompts], options, plans)
-        return
     ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {PLAIN: (nullcontext, {})}
     if args.batch == 1:  # transformers' own ways take no batches
         ways[LOOKUP] = (nullcontext, {"prompt_lookup_num_tokens": 10})
@@ -89,6 +88,9 @@ def run(args: argparse.Namespace) -> None:
         product = session.linears
     if product != "torch":  # what of the plans' speed is not drafting
         ways[f"{PLAIN}, {product}"] = (partial(tt.apply, None, model, linears=product), {})
+    if args.profile:
+        profile(model, [encode([p.prompt]) for p in prompts], options, ways, args.details)
+        return
 
     settings = {
         "model": args.model,
@@ -261,10 +263,10 @@ def report(rows: Rows, ways: list[str], ids: list[str], settings: dict[str, Any]
                     print(f"| {start} | {times} | {speed} | {r['forwards']} | {r['equal']:.1%} |")
 
 
-def profile(model: Any, batches: list[Any], options: dict[str, Any], plans: list[str]) -> None:
-    """Where the time outside the model's forwards goes, plan by plan, over one prompt of every kind.
+def profile(model: Any, batches: list[Any], options: dict[str, Any], ways: dict[str, Any], details: bool) -> None:
+    """Where the time outside the model's forwards goes, over one prompt of every kind.
 
-    Drafting counts as time outside, unless it runs the model itself.
+    Drafting counts as time outside, unless it runs the model itself; setting ``generate`` up counts, too.
     """
     inside = 0.0
     forward = model.forward
@@ -278,21 +280,28 @@ def profile(model: Any, batches: list[Any], options: dict[str, Any], plans: list
             inside += perf_counter() - start
 
     timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    for plan in (None, *plans):
+    print("| way | seconds | outside forwards | share | drafting | share |\n|---|--:|--:|--:|--:|--:|")
+    for name, (way, extra) in ways.items():
         inside, total, model.forward = 0.0, 0.0, timed
         try:
-            with tt.apply(plan, model):
+            with way() as session:
                 for inputs in batches:
                     start = perf_counter()
-                    model.generate(**inputs, **options)
+                    model.generate(**inputs, **options, **extra)
                     total += perf_counter() - start
         finally:
             del model.forward
-        print(f"{plan or PLAIN}: {total:.2f} s, outside forwards {total - inside:.3f} s = {1 - inside / total:.1%}")
-    for plan in plans:
-        print(f"\n{plan}")
-        with tt.apply(plan, model), cProfile.Profile() as profiler:
-            model.generate(**batches[0], **options)
+        record = getattr(session, "records", {}).get("decode")
+        drafting = record.extra["draft_seconds"] if record else 0.0
+        outside = total - inside
+        print(
+            f"| {quoted(name)} | {total:.2f} | {outside:.3f} | {outside / total:.1%} "
+            f"| {drafting:.3f} | {drafting / total:.1%} |"
+        )
+    for name, (way, extra) in ways.items() if details else ():
+        print(f"\n{name}")
+        with way(), cProfile.Profile() as profiler:
+            model.generate(**batches[0], **options, **extra)
         pstats.Stats(profiler).sort_stats("tottime").print_stats("tokenthrift|generation/utils|argmax|tolist|cat", 15)
 
 
