@@ -108,8 +108,8 @@ def speculate(
         ``(batch, tokens + committed)`` int64, or what plain decoding returns with ``return_dict_in_generate``.
 
     Raises:
-        ThriftError: an empty prompt, beam search and other modes, a cache that cannot be rolled back or none, ``output_attentions`` or
-            ``output_hidden_states``, encoder-decoder models, several synchronised GPUs.
+        ThriftError: an empty prompt, beam search and other modes, a cache that cannot be rolled back or none,
+            ``output_attentions`` or ``output_hidden_states``, encoder-decoder models, several synchronised GPUs.
     """
     _refuse(model, input_ids, generation_config, synced_gpus, model_kwargs)
     batch, as_dict = input_ids.shape[0], generation_config.return_dict_in_generate
