@@ -41,11 +41,27 @@ from tokenthrift.core.plan import Plan
 PLAIN, LOOKUP, ASSISTANT = "plain", "transformers prompt_lookup", "transformers assistant"
 
 
+DRAFTED = (
+    "draft_model(model={}, draft=3, adaptive=False)",
+    "dyspec(model={}, nodes=6, adaptive=False)",
+    "rsd(model={}, width=2, depth=2, adaptive=False)",
+    "spectr(model={}, drafts=2, depth=2, adaptive=False)",
+    "sequoia(model={}, nodes=6, depth=3, adaptive=False)",
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="model pack, folder or hub id")
     parser.add_argument("--plans", nargs="+", metavar="PLAN", help="default: every exact method that needs no model")
     parser.add_argument("--assistant", metavar="MODEL", help="also run transformers' assistant_model with this one")
+    parser.add_argument(
+        "--draft-layers",
+        type=int,
+        metavar="N",
+        help="also run the methods with a draft model, which is the model's own first N layers: to see that the output "
+        "is right, not that it is fast, since such a model was not trained to write with them",
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--prompts-per-kind", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -69,6 +85,12 @@ def run(args: argparse.Namespace) -> None:
         if "decode" not in Plan.of(plan).stages:
             raise ThriftError(f"the plan '{plan}' has no decode stage: this script compares ways of decoding")
     model, tokenizer = tt.load(args.model)
+    if args.draft_layers:
+        short = first_layers(
+            model, tokenizer, args.draft_layers, Path("out") / f"{args.model}-first-{args.draft_layers}"
+        )
+        plans += [f"decode={plan.format(repr(str(short)))}" for plan in DRAFTED]
+        args.assistant = args.assistant or str(short)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
@@ -117,6 +139,22 @@ def run(args: argparse.Namespace) -> None:
         speeds = ", ".join(f"{way} {relative(results, way, clock):.2f}x" for way in missing)
         print(f"# {', '.join(p.id for p in group)}: {results[PLAIN]['new']} tokens; {speeds}", flush=True)
     report(rows, list(ways), [p.id for p in prompts], settings, clock, args.details)
+
+
+def first_layers(model: Any, tokenizer: Any, layers: int, folder: Path) -> Path:
+    """A folder with a model of the first layers of this one, and the same embeddings, head and tokenizer."""
+    if not 1 <= layers <= len(model.model.layers):
+        raise ThriftError(f"--draft-layers takes 1 to {len(model.model.layers)} of this model's layers, not {layers}")
+    if not folder.exists():
+        whole, model.model.layers = model.model.layers, model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        finally:
+            model.model.layers = whole
+            model.config.num_hidden_layers = len(whole)
+    return folder
 
 
 def groups(prompts: list[Any], size: int) -> Iterator[list[Any]]:
