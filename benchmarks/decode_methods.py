@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", metavar="PLAN", help="default: every exact method that needs no model")
     parser.add_argument("--assistant", metavar="MODEL", help="also run transformers' assistant_model with this one")
     parser.add_argument(
+        "--only-plans", action="store_true", help="leave out transformers' own ways, and plain ones but one"
+    )
+    parser.add_argument(
         "--draft-layers",
         type=int,
         metavar="N",
@@ -101,14 +104,14 @@ def run(args: argparse.Namespace) -> None:
         return tokenizer.apply_chat_template(chats, padding=len(texts) > 1, **kwargs).to(model.device)
 
     ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {PLAIN: (nullcontext, {})}
-    if args.batch == 1:  # transformers' own ways take no batches
+    if args.batch == 1 and not args.only_plans:  # transformers' own ways take no batches
         ways[LOOKUP] = (nullcontext, {"prompt_lookup_num_tokens": 10})
         if args.assistant:
             ways[ASSISTANT] = (nullcontext, {"assistant_model": tt.load(args.assistant)[0]})
     ways |= {plan: (partial(tt.apply, plan, model, linears=args.linears), {}) for plan in plans}
     with tt.apply(plans[0], model, linears=args.linears) as session:
         product = session.linears
-    if product != "torch":  # what of the plans' speed is not drafting
+    if product != "torch" and not args.only_plans:  # what of the plans' speed is not drafting
         ways[f"{PLAIN}, {product}"] = (partial(tt.apply, None, model, linears=product), {})
     if args.profile:
         profile(model, [encode([p.prompt]) for p in prompts], options, ways, args.details)
