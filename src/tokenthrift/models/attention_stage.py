@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 def install_attention(adapter: DecoderAdapter, method: Any, session: Session, undo: ExitStack) -> None:
     """Let ``method`` select what decoding steps read, until ``undo`` closes.
 
+    A method that has to know something of the model beforehand has ``bind``: given the model, the method to use.
+
     Raises:
-        ThriftError: the plan also has a cache or decode stage, or every layer has a sliding window.
+        ThriftError: the plan also has a cache or decode stage, or every layer has a sliding window; what ``bind``
+            raises.
     """
     if session.plan.at("cache"):
         raise ThriftError(
@@ -44,13 +47,18 @@ def install_attention(adapter: DecoderAdapter, method: Any, session: Session, un
             "tokens would not be those of selective attention"
         )
     layers = DynamicCache(config=adapter.model.config).layers
-    full = [m for m in adapter.attentions if not getattr(layers[int(m.layer_idx)], "is_sliding", False)]  # type: ignore[arg-type]
+    full = [  # some models' last layers have no place in the cache: they read another's
+        m
+        for m in adapter.attentions
+        if (i := int(m.layer_idx)) < len(layers) and not getattr(layers[i], "is_sliding", False)  # type: ignore[arg-type]
+    ]
     if not full:
         raise ThriftError(
             f"every layer of {type(adapter.model).__name__} has a sliding window: the attention stage has nothing to "
             "select from"
         )
-    common = Common(adapter, method, session, len(full))
+    bound = method.bind(adapter.model) if hasattr(method, "bind") else method
+    common = Common(adapter, bound, session, len(full))
     number = {id(module): i for i, module in enumerate(full)}
 
     def make(module: nn.Module) -> Selecting:
