@@ -10,6 +10,7 @@ _OPTIONS = {
     "quest": ", page=4, dense=0",
     "tidal_decode": ", dense=0, reselect=2",
     "token_select": ", sinks=2, local=3",
+    "fasa": f", dense=0, chunks={[[[0, 3], [1, 2]]] * 4}",  # of four layers with two key/value heads of eight channels
 }
 METHODS = [info.name for info in tt.methods(stage="attention")]
 EACH = pytest.mark.parametrize("name", METHODS)

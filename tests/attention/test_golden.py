@@ -86,3 +86,16 @@ def test_token_select_equals_the_authors_selection(golden):
     select = method("token_select(budget=25, sinks=4, local=9)").select
     chosen = select(view_of(golden["token_select_q"], golden["token_select_k"]))
     assert torch.equal(chosen.sort(-1).values, golden["token_select_indices"].expand(1, 3, -1))
+
+
+@pytest.mark.parametrize("heads", ["group", "query"])
+def test_fasa_reads_the_keys_and_values_that_the_authors_code_gathers(golden, heads):
+    """Of dominant channels that both sides are given; without sharing of key/value heads."""
+    chunks, keys = golden["fasa_chunks"].tolist(), golden["fasa_k"]
+    chosen = method(f"fasa(budget=14, dense=0, heads={heads}, chunks=[{chunks}])").select(
+        view_of(golden["fasa_q"], keys, layer=0)
+    )
+    for all_of, want in ((keys, golden["fasa_keys"]), (golden["fasa_v"], golden["fasa_values"])):
+        got = all_of.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, 16))
+        order, wanted = (t[..., 0].argsort(-1).unsqueeze(-1).expand_as(t) for t in (got, want))
+        assert torch.equal(got.gather(2, order), want.gather(2, wanted))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
+
 import pytest
 import torch
 
 import tokenthrift as tt
 from attention_plans import EACH, plan
+from tiny_models import prompt, tiny
+from tokenthrift.attention.fasa import FASA
 from tokenthrift.attention.quest import page_bounds, page_scores
 from tokenthrift.core.view import View
+from tokenthrift.models.frequency_chunks import agreement
 from tokenthrift.ops.gathered import gathered_attention
 
 
@@ -164,6 +170,123 @@ def test_token_select_votes_again_only_in_rows_whose_query_moved():
     assert torch.equal(always(view(other, keys, memory=memory))[:, 0, 5:], fresh)
 
 
+def test_fasa_with_all_chunks_reads_the_largest_products():
+    query, keys, _ = tensors()
+    every = [[[0, 1, 2, 3]] * 2]
+    chosen = method(f"fasa(budget=9, dense=0, heads=query, chunks={every})").select(view(query, keys))
+    products = (query.view(2, 2, 3, 8) @ keys.mT).flatten(1, 2)
+    assert torch.equal(chosen.sort(-1).values, products.topk(9).indices.sort(-1).values)
+    together = method(f"fasa(budget=9, dense=0, chunks={every})").select(view(query, keys))
+    mean = (products * 0.35).softmax(-1).unflatten(1, (2, 3)).mean(2)
+    assert torch.equal(together.sort(-1).values, mean.topk(9).indices.sort(-1).values)
+
+
+def test_fasa_looks_at_the_dominant_channels_only_and_copies_each_key_once():
+    query, keys, _ = tensors(n=60)
+    fasa, memory = method("fasa(budget=9, dense=0, chunks=[[[0, 2], [3, 1]]])"), {}
+    for n in (50, 51, 52, 60):
+        chosen = fasa.select(view(query, keys[:, :, :n], memory=memory))
+        others = keys[:, :, :n].clone()
+        others[:, 0][..., [1, 3, 5, 7]] = 100  # what head 0 does not look at
+        assert torch.equal(chosen[:, 0], fasa.select(view(query, others))[:, 0])
+        if n > 50:  # what is known of old keys is not looked up again
+            others = keys[:, :, :n].clone()
+            others[:, :, :50] = 100
+            assert torch.equal(chosen, fasa.select(view(query, others, memory={**memory, "dominant": cut(memory, 50)})))
+    assert memory["dominant"].rows.shape == (2, 2, 60, 4)
+
+
+def cut(memory, count):
+    kept = deepcopy(memory["dominant"])
+    kept.cut(count)
+    return kept
+
+
+@pytest.mark.parametrize("chunks", [[[[0, 1]]], [[[0, 4], [1, 2]]]])
+def test_fasa_names_a_layer_that_its_chunks_do_not_fit(chunks):
+    query, keys, _ = tensors()
+    with pytest.raises(tt.ThriftError, match=r"layer 0.*2 key/value heads of 4 chunks"):
+        method(f"fasa(budget=9, dense=0, chunks={chunks})").select(view(query, keys))
+
+
+def test_fasa_needs_to_know_the_chunks():
+    query, keys, _ = tensors()
+    with pytest.raises(tt.ThriftError, match="must know the chunks"):
+        method("fasa(budget=9, dense=0)").select(view(query, keys))
+
+
+def test_agreement_is_one_where_a_pair_is_all_that_there_is():
+    made = torch.Generator().manual_seed(0)
+    query, key = torch.randn(4, 5, 8, generator=made), torch.randn(2, 30, 8, generator=made)
+    key[0][..., [0, 1, 3, 4, 5, 7]] = 0  # the products of head 0 come from channels 2 and 6
+    found = agreement(query, key, top=6)
+    assert found.shape == (2, 4)
+    assert found[0, 2] == 1
+    assert (found[1] < 0.8).all()
+    # By hand, for one pair of the other head: what the last query and its own pair have in common.
+    one = agreement(query[2:3, -1:], key[1:], top=6)
+    full = (query[2, -1] @ key[1].T).topk(6).indices.tolist()
+    part = (query[2, -1, [1, 5]] @ key[1][:, [1, 5]].T).topk(6).indices.tolist()
+    assert one[0, 1] == pytest.approx(len({*full} & {*part}) / 6)
+
+
+def test_agreement_looks_back_only():
+    made = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 5, 8, generator=made), torch.randn(2, 30, 8, generator=made)
+    later = key.clone()
+    later[:, -4:] = 50  # hidden from the first of the five
+    assert torch.equal(agreement(query[:, :1], key[:, :26], 6), agreement(query[:, :1], later[:, :26], 6))
+    first = agreement(query[:, :1], key[:, :26], 6)
+    rest = [agreement(query[:, i : i + 1], key[:, : 26 + i], 6) for i in range(1, 5)]
+    torch.testing.assert_close(agreement(query, key, 6), torch.stack([first, *rest]).mean(0))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "fasa.json"
+    model = tiny("gemma3_text")
+    FASA.calibrate(model, tokens=60, queries=10, top=12).save(path)
+    return model, path
+
+
+def test_a_calibration_is_written_read_and_applied(calibrated):
+    model, path = calibrated
+    inputs = prompt(length=40)
+    with tt.apply(f"fasa(budget=12, dense=0, keep=2, chunks='{path}')", model) as session:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert session.report().stages["attention"].kept < 0.4
+    bound = method(f"fasa(keep=2, chunks='{path}')").bind(model)
+    found = json.loads(path.read_text())["data"]["agreement"]
+    assert [len(layer) for layer in found] == [0, 2, 0]  # two of Gemma's layers have a sliding window
+    assert len(bound.chunks) == 1
+    for head, agrees in zip(bound.chunks[0], found[1], strict=True):
+        assert sorted(agrees[c] for c in head) == sorted(agrees)[-2:]
+    again = FASA.calibrate(model, tokens=60, queries=10, top=12)
+    assert again.data["agreement"] == found
+
+
+def test_calibrations_of_other_models_and_other_files_are_refused(calibrated, tmp_path):
+    _, path = calibrated
+    with pytest.raises(tt.ThriftError, match="another model"), tt.apply(f"fasa(chunks='{path}')", tiny("llama")):
+        pass
+    with pytest.raises(tt.ThriftError, match="never calibrated"), tt.apply("fasa", tiny("llama")):
+        pass
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for wrong in (other, tmp_path / "none.json"):
+        with pytest.raises(tt.ThriftError, match="tokenthrift calibrate fasa"):
+            tt.Plan.parse(f"fasa(chunks='{wrong}')")
+
+
+@pytest.mark.parametrize(
+    "options", [{"tokens": 20, "top": 18}, {"top": 0}, {"queries": 0}, {"top": 2.5}, {"tokens": 900}]
+)
+def test_calibrations_that_cannot_be_made_are_refused_in_one_line(options):
+    with pytest.raises(tt.ThriftError) as error:
+        FASA.calibrate(tiny("llama"), **{"tokens": 60, "queries": 10, "top": 12, **options})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -181,6 +304,15 @@ def test_token_select_votes_again_only_in_rows_whose_query_moved():
         "token_select(sinks=-1)",
         "token_select(local=0)",
         "token_select(similarity=nan)",
+        "fasa(budget=0)",
+        "fasa(keep=0)",
+        "fasa(dense=-1)",
+        "fasa(heads=all)",
+        "fasa(chunks=[])",
+        "fasa(chunks=[[[0, 1], [2]]])",
+        "fasa(chunks=[[[0, 0]]])",
+        "fasa(chunks=[[[-1]]])",
+        "fasa(chunks=3)",
         "cache=quest()",
     ],
 )
