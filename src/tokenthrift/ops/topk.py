@@ -33,3 +33,13 @@ def keep_top(scores: Tensor, budget: Budget | Tensor, mask: Tensor) -> TokenMap:
     )  # a short row's worse picks, padding among them
     index = torch.where(spare, n, ranked).sort(dim=-1).values  # n sorts them to the end
     return TokenMap.select(torch.where(index == n, -1, index), n)
+
+
+def top_entries(scores: Tensor, count: int, mask: Tensor | None) -> Tensor:
+    """Indices of the best-scored entries, in no order: ``(batch, heads, n)`` to ``(batch, heads, count)``.
+
+    Padding, false in ``mask`` ``(batch, n)``, comes only where a row has too few real entries.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return scores.topk(count, sorted=False).indices
