@@ -12,13 +12,17 @@ from .tasks import Case
 
 @dataclass
 class Grid:
-    """Mean scores of a plan, row by row; and the share of expected strings that it wrote. None: not measured."""
+    """Means of a plan, row by row: the share of expected strings that it wrote, and the probability of the answer.
+
+    ``score`` is the one that plans are ranked by, ``recall`` or ``probability``. None: not measured.
+    """
 
     plan: str
+    score: str
     rows: list[str]
     columns: list[str]
-    scores: list[list[float | None]]
     recall: list[list[float | None]]
+    probability: list[list[float | None]]
 
     @property
     def name(self) -> str:
@@ -29,26 +33,33 @@ class Grid:
         """True if the rows are depths, else they are tasks."""
         return self.rows[0].endswith("%")
 
+    @property
+    def scores(self) -> list[list[float | None]]:
+        return self.recall if self.score == "recall" else self.probability
+
 
 def grids(rows: Iterable[dict[str, Any]], cases: Sequence[Case], plans: Sequence[tuple[str, str]]) -> list[Grid]:
     """Grids of the cases that have a cell; ``plans`` are pairs of a plan and the plan whose rows stand for it."""
-    cells = {case.id: case.cell for case in cases if case.expected}
-    found: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    asked = {case.id: case for case in cases if case.expected}
+    if not asked:
+        return []
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     failed = set()
     for row in rows:
         if "error" in row:
             failed.add(row["plan"])
-        elif row["case"] in cells and "recall" in row:
-            found[row["plan"], *cells[row["case"]]].append((row["scores"][0][1], row["recall"]))
-    down, across = (list(dict.fromkeys(cell[i] for cell in cells.values())) for i in (0, 1))
+        elif row["case"] in asked and "recall" in row:
+            found[row["plan"], *asked[row["case"]].cell].append(row)
+    down, across = (list(dict.fromkeys(case.cell[i] for case in asked.values())) for i in (0, 1))
+    score = next(iter(asked.values())).score
 
-    def table(plan: str, which: int) -> list[list[float | None]]:
-        return [[mean([pair[which] for pair in found[plan, row, column]]) for column in across] for row in down]
+    def table(plan: str, name: str) -> list[list[float | None]]:
+        return [[mean([r[name] for r in found[plan, row, column]]) for column in across] for row in down]
 
     return [
-        Grid(plan, down, across, table(measured, 0), table(measured, 1))
+        Grid(plan, score, down, across, table(measured, "recall"), table(measured, "probability"))
         for plan, measured in plans
-        if cells and not failed & {plan, measured}
+        if not failed & {plan, measured}
     ]
 
 
@@ -70,17 +81,21 @@ def overview(grids: Sequence[Grid]) -> tuple[list[str], list[tuple[Grid, list[fl
 
 
 def markdown(grids: Sequence[Grid], note: str) -> str:
-    """All grids as Markdown: an overview, then a table a plan with its scores and, where they differ, the recall."""
+    """All grids as Markdown: an overview, then two tables a plan, that of its scores first."""
     heads, lines = overview(grids)
     corner = "depth" if grids[0].by_depth else "task"
     parts = [_table(["plan", *heads], [[f"`{g.name}`" if g.plan else g.name, *map(_cell, v)] for g, v in lines])]
     for grid in grids:
         parts.append(f"## {f'`{grid.name}`' if grid.plan else grid.name}")
-        parts.append(_table([corner, *grid.columns], _body(grid, grid.scores)))
-        if grid.recall != grid.scores:
-            parts.append("Share of the expected strings that it wrote:")
-            parts.append(_table([corner, *grid.columns], _body(grid, grid.recall)))
+        for name in (grid.score, *({"recall", "probability"} - {grid.score})):
+            parts += [_MEANING[name], _table([corner, *grid.columns], _body(grid, getattr(grid, name)))]
     return "\n\n".join([note, *parts]) + "\n"
+
+
+_MEANING = {
+    "recall": "Share of the expected strings that it wrote:",
+    "probability": "Probability that it gave to the answer, a token (geometric mean, by teacher forcing):",
+}
 
 
 def _body(grid: Grid, values: Sequence[Sequence[float | None]]) -> list[list[str]]:

@@ -15,6 +15,8 @@ from .tasks import Case, Probe
 
 _WORDS = 100
 """So many different words a text must have to be taken for prose."""
+_SPARE = 16
+"""Tokens that a list leaves to the prose before it: few, but enough to hit any length."""
 _LONGEST = 32
 """More characters than any tokenizer's tokens have on average."""
 
@@ -79,7 +81,7 @@ class Haystack:
             context,
             "" if later else puzzle.question,
             probes=(Probe(task, puzzle.question if later else "", puzzle.answer),),
-            new_tokens=self._ids(puzzle.answer) * 3 // 2 + 8,
+            new_tokens=2 * self._ids(puzzle.answer) + 16,  # small models go about
             expected=puzzle.expected,
             **facts,
         )
@@ -88,8 +90,8 @@ class Haystack:
         prose, entries = self.prose(rng), puzzle.entries
         if entries is None:
             compose = lambda text: bury(text, puzzle.hidden)  # noqa: E731
-        else:  # as many entries as fit, and before them prose for what is left
-            listed = entries(_most(lambda n: self._count(entries(n)) <= length, puzzle.most))
+        else:  # as many entries as fit, and before them some prose for what is left
+            listed = entries(_most(lambda n: self._count(entries(n)) <= length - _SPARE, puzzle.most))
             compose = lambda text: f"{text}\n\n{listed}" if text else listed  # noqa: E731
         least = self._count(compose(""))
         if least > length:

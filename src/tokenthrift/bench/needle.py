@@ -14,7 +14,7 @@ from .tasks import PLACES, Case
 
 MEANING = {
     "needle": "probability, a token, that the model gives to the code hidden in the prompt (geometric mean, by teacher "
-    "forcing)",
+    "forcing); guessing digits makes about 0.1",
 }
 
 

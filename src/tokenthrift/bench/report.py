@@ -77,18 +77,18 @@ def table(section: Section, narrow: bool = False) -> Table:
             "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
             "TTFT s": lambda r: number(r.ttft_s, 2),
             "ms/tok": lambda r: number(r.decode_ms, 0),
-            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
-            "KV": lambda r: f"{number(r.kv_ratio, 2)}×",
-            "time": lambda r: f"{number(r.time_ratio, 2)}×",
-            "cost": lambda r: f"{number(r.cost, 2)}×",
+            "FLOPs": lambda r: number(r.flops_ratio, 2, "×"),
+            "KV": lambda r: number(r.kv_ratio, 2, "×"),
+            "time": lambda r: number(r.time_ratio, 2, "×"),
+            "cost": lambda r: number(r.cost, 2, "×"),
         }
     else:
         columns |= {
             "CLS cos": lambda r: number(r.cls, 4),
             "patch cos": lambda r: number(r.patches, 4),
             "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
-            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
-            "time": lambda r: f"{number(r.time_ratio, 2)}×",
+            "FLOPs": lambda r: number(r.flops_ratio, 2, "×"),
+            "time": lambda r: number(r.time_ratio, 2, "×"),
         }
     if narrow:
         columns = {name: show for name, show in columns.items() if name in ("loss", "KV", "FLOPs", "time")}
@@ -118,7 +118,7 @@ def overview_table(section: Section) -> Table | None:
     shown = Table(padding=(0, 1))
     shown.add_column("score", overflow="fold", min_width=24)
     for head in heads:
-        shown.add_column(head.replace("_", " "), justify="right")
+        shown.add_column(head.replace("_", "\n"), justify="right")
     for grid, values in lines:
         shown.add_row(escape(grid.name), *(number(value, 2) for value in values))
     return shown
@@ -246,6 +246,11 @@ def methods_of(results: Sequence[PlanResult]) -> list[Any]:
     return list({step.name: step.info for step in steps}.values())
 
 
+INK, ACCENT, FAINT = "#010203", "#040506", "#070809"
+_COLOURS = {INK: "var(--ink)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
+"""Stand-ins, which become the page's own colours, so that dark mode works."""
+
+
 def plot(results: Sequence[PlanResult], cost: str) -> str:
     """Inline SVG: plans by their number, the front joined. Its colours are the page's, so dark mode works."""
     points = [(i, getattr(r, cost), max(r.loss, 0.0), r) for i, r in enumerate(results)]
@@ -300,27 +305,19 @@ def heat_map(grid: Grid) -> str:
         for y, row in enumerate(grid.scores):
             for x, score in enumerate(row):
                 known = 0.0 if score is None else min(max(score, 0.0), 1.0)
-                cell = Rectangle(
-                    (x - 0.48, y - 0.46), 0.96, 0.92, facecolor=ACCENT, alpha=0.06 + 0.94 * known, linewidth=0
-                )
-                axes.add_patch(cell)
-                color = PAPER if known > 0.5 else INK
-                axes.text(x, y, number(score, 2), ha="center", va="center", color=color, fontsize=10)
+                alpha = 0.04 + 0.5 * known  # pale enough to read the number, on light pages and dark ones
+                axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=ACCENT, alpha=alpha, linewidth=0))
+                axes.text(x, y, number(score, 2), ha="center", va="center", color=INK, fontsize=10)
         axes.set_xlim(-0.5, wide - 0.5)
         axes.set_ylim(high - 0.5, -0.5)
         axes.set_xticks(range(wide), [f"{int(c):,}" for c in grid.columns])
         axes.set_yticks(range(high), [r.replace("_", " ") for r in grid.rows])
         axes.set_xlabel("tokens in the prompt", color=INK)
         if grid.by_depth:
-            axes.set_ylabel("depth of the needle", color=INK)
+            axes.set_ylabel("depth", color=INK)
         axes.tick_params(colors=INK, length=0)
         axes.spines[:].set_visible(False)
         return _svg(figure)
-
-
-INK, ACCENT, FAINT, PAPER = "#010203", "#040506", "#070809", "#0a0b0c"
-_COLOURS = {INK: "var(--ink)", ACCENT: "var(--accent)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
-"""Stand-ins, which become the page's own colours, so that dark mode works."""
 
 
 def _drawing(salt: str) -> Any:

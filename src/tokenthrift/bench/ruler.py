@@ -1,7 +1,7 @@
 """Tasks like those of RULER (Hsieh et al., 2024, arXiv 2404.06654), made from a seed on real prose.
 
 The kinds of task, the numbers of needles, hops and words, and the score are RULER's; the text and the wording are ours.
-Keys and values are shorter than its UUIDs, and no solved example comes before the lists.
+Keys and values are shorter than its UUIDs, and no solved example comes before a list.
 """
 
 from __future__ import annotations
@@ -149,9 +149,10 @@ def _common_words(rng: random.Random, length: int, words: Sequence[str]) -> Puzz
 
     question = (
         "\n\nQuestion: Which ten words does the numbered list have most often?\n"
-        "Answer: The ten words that the numbered list has most often are"
+        "Answer: The ten words that the numbered list has most often are: 1."
     )
-    return Puzzle(question, _listed(common), tuple(common), entries=entries, most=len(others))
+    numbered = "".join(f" {i}. {word}" for i, word in enumerate(common, 1)).removeprefix(" 1.")
+    return Puzzle(question, numbered, tuple(common), entries=entries, most=len(others))
 
 
 def _frequent_words(rng: random.Random, length: int) -> Puzzle:
