@@ -81,7 +81,7 @@ class Haystack:
             context,
             "" if later else puzzle.question,
             probes=(Probe(task, puzzle.question if later else "", puzzle.answer),),
-            new_tokens=2 * self._ids(puzzle.answer) + 16,  # small models go about
+            new_tokens=2 * self._ids(puzzle.answer) + 16,  # small models take detours
             expected=puzzle.expected,
             **facts,
         )

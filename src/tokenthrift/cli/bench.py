@@ -131,6 +131,6 @@ def _numbers(option: str, text: str) -> list[Any]:
 
     try:
         found = [float(word) for word in text.split(",") if word.strip()]
-        return [int(n) if n == int(n) else n for n in found]
-    except (ValueError, OverflowError):
+    except ValueError:
         raise ThriftError(f"{option} takes numbers with commas between them, not '{text}'") from None
+    return [int(n) if n.is_integer() else n for n in found]
