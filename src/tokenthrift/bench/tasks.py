@@ -83,6 +83,7 @@ class Case:
     probes: tuple[Probe, ...] = ()
     new_tokens: int = 0
     chat: bool = False
+    # Not in the text by which a run knows its cases again: all of it follows from the above, for older runs too.
     expected: tuple[str, ...] = field(default=(), repr=False)
     score: str = field(default="", repr=False)
     cell: tuple[str, str] = field(default=("", ""), repr=False)
