@@ -7,8 +7,8 @@ calling module and then to the function that the model used before (so an idle w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -70,6 +70,16 @@ def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Wa
     _stand_before(list(modules), _watchers, make, undo, BASES)
 
 
+@contextmanager
+def watching_instead(modules: Iterable[nn.Module], make: Callable[[nn.Module], Watcher]) -> Iterator[None]:
+    """While this is entered, these watchers stand before the modules' attention calls, and no others."""
+    modules = list(modules)
+    with ExitStack() as undo:
+        undo.callback(_watchers.update, {m: _watchers.pop(m) for m in modules if m in _watchers})
+        _stand_before(modules, _watchers, make, undo, BASES)
+        yield
+
+
 def replace_attention(
     modules: Iterable[nn.Module], make: Callable[[nn.Module], Attend], undo: ExitStack, bases: Iterable[str] = BASES
 ) -> None:
@@ -101,13 +111,14 @@ def _stand_before(
             raise ThriftError("another session is installed on this model; leave its with block first")
     configs: dict[int, Any] = {id(m.config): m.config for m in modules}
     for config in configs.values():
-        base = config._attn_implementation
+        before = config._attn_implementation
+        base = before.removeprefix(PREFIX)
         if base not in bases:
             raise ThriftError(
                 f"attention implementation '{base}' is not supported; load the model with attn_implementation='sdpa'"
             )
         _register(base)
-        undo.callback(setattr, config, "_attn_implementation_internal", base)
+        undo.callback(setattr, config, "_attn_implementation_internal", before)
         config._attn_implementation_internal = PREFIX + base
     for module in modules:
         undo.callback(place.pop, module, None)
