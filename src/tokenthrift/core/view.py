@@ -17,11 +17,12 @@ class View:
     part             stages                             meaning
     ================ ================================== ==========================================================
     ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``
-    ``keys``         vision cache                       ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
+    ``keys``         vision cache prefill               ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
     ``values``       cache                              ``(batch, kv_heads, tokens, head_dim)``
-    ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
-    ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
-                                                        attention of the last (cache) or given (vision) query rows
+    ``queries``      cache prefill                      ``(batch, heads, tokens, head_dim)`` of the same forward
+    ``attention``    vision cache prefill               function ``rows -> (batch, heads, rows, tokens)``: softmax
+                                                        attention of the last (cache, prefill) or given (vision)
+                                                        query rows
     ``scaling``      cache                              factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions

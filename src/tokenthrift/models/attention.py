@@ -107,7 +107,7 @@ def _stand_before(
     bases: tuple[str, ...],
 ) -> None:
     for module in modules:
-        if module in _watchers or module in _replaced:
+        if module in place:
             raise ThriftError("another session is installed on this model; leave its with block first")
     configs: dict[int, Any] = {id(m.config): m.config for m in modules}
     for config in configs.values():
@@ -142,17 +142,17 @@ def _attention_over(base: str) -> Callable[..., Any]:
         run = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
         watcher, replaced = _watchers.get(module), _replaced.get(module)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if replaced is not None:
+        mask = attention_mask if watcher is None else watcher.before(query, key, attention_mask)
+        if replaced is None:
+            out = run(module, query, key, value, mask, **kwargs)
+        else:
 
             def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
                 return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
 
-            return replaced(model_s, query, key, value, attention_mask, scaling).transpose(1, 2), None
-        if watcher is None:
-            return run(module, query, key, value, attention_mask, **kwargs)
-        mask = watcher.before(query, key, attention_mask)
-        out = run(module, query, key, value, mask, **kwargs)
-        watcher.after(query, key, value, mask, scaling)
+            out = replaced(model_s, query, key, value, mask, scaling).transpose(1, 2), None
+        if watcher is not None:
+            watcher.after(query, key, value, mask, scaling)
         return out
 
     return attention

@@ -4,6 +4,7 @@ The model gets a ``forward`` of its own while a session lasts. It recognises a p
 and hands it to the runtime of the method's ``place``:
 
 - ``"rows"``: prompts are rearranged, none of them is cut (:mod:`.prepacking`);
+- ``"heads"``: in the attention of some layers, each head leaves tokens out;
 - ``"prompt"``: some tokens are kept, and the model reads these as a shorter prompt (:mod:`.shortened`).
 """
 
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..core.costs import attention_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
-from .attention import watching_instead
+from ..ops.attention import attend_selected, attention_rows
+from .attention import Attend, Run, replace_attention, watching_instead
 from .prepacking import check_packable, fill, prefill_rows
 from .shortened import ShortenedCache, shorten
 
@@ -53,6 +56,10 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
         if "cache" in stages:
             raise ThriftError(f"prefill={name} fills the cache by itself: take it or the cache stage, not both")
         runtime: Runtime = partial(_pack, adapter, method, session)
+    elif method.place == "heads":
+        _check_plain_attention(adapter, name)
+        method.sparse_layers(len(adapter.attentions))  # refuses layers that are not there
+        runtime = partial(_thin_out, adapter, method, session)
     else:
         if "decode" in stages:
             raise ThriftError(f"drafts cannot be verified over a prompt that {name} shortened: leave out decode=...")
@@ -138,6 +145,62 @@ def _pack(adapter: DecoderAdapter, method: Any, session: Session, call: Call, re
     session.start_maps("prefill")
     session.add_map("prefill", method.reduce(View(mask=real)))
     return CausalLMOutputWithPast(logits=logits, past_key_values=held if wanted else None)  # type: ignore[arg-type]
+
+
+# ---- heads: tokens left out of attention ----------------------------------------------------------------------------
+
+
+def _check_plain_attention(adapter: DecoderAdapter, name: str) -> None:
+    """Raise ThriftError where attention is more than a softmax of scaled products."""
+    for module in adapter.attentions:
+        if getattr(module, "attn_logit_softcapping", None) is not None or hasattr(module, "sinks"):
+            raise ThriftError(
+                f"layer {module.layer_idx} ({type(module).__name__}) caps its scores or has sinks of its own, which "
+                f"prefill={name} does not know: use prefill=gemfilter"
+            )
+
+
+def _thin_out(adapter: DecoderAdapter, method: Any, session: Session, call: Call, real: Tensor, plain: Forward) -> Any:
+    windows = adapter.costs.windows or (None,) * len(adapter.attentions)
+    layers = [i for i in method.sparse_layers(len(adapter.attentions)) if windows[i] is None]
+    session.start_maps("prefill")
+
+    def make(module: Any) -> Attend:
+        return partial(_attend_thinned, adapter, method, session, real, int(module.layer_idx))
+
+    with ExitStack() as undo:
+        replace_attention([adapter.attentions[i] for i in layers], make, undo)
+        return plain(**call)
+
+
+def _attend_thinned(
+    adapter: DecoderAdapter,
+    method: Any,
+    session: Session,
+    real: Tensor,
+    layer: int,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """One layer's attention, ``(batch, heads, tokens, dim)``."""
+    start = perf_counter()
+    heads, n = query.shape[1:3]
+    view = View(queries=query, keys=key, scaling=scaling, mask=real, layer=layer, layers=len(adapter.attentions))
+    view.offer("attention", lambda rows: attention_rows(query[:, :, -rows:], key, scaling, real))
+    map: TokenMap = method.reduce(view.require(method.info.needs))
+    seconds = perf_counter() - start
+    kept = int(real.sum()) * heads if map.is_identity else int(map.mask.sum())
+    session.record("prefill", before=int(real.sum()) * heads, after=kept, seconds=seconds)
+    session.add_map("prefill", map, layer)
+    if map.is_identity:
+        return run(query, key, value, mask)
+    full, small = (attention_flops(m, m, heads, query.shape[-1]) for m in (n, map.n_out))
+    session.flops -= len(query) * (full - small)
+    return attend_selected(query, key, value, map, scaling)
 
 
 # ---- prompt: a shorter one ------------------------------------------------------------------------------------------
