@@ -23,6 +23,8 @@ class View:
     ``attention``    vision cache prefill               function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache, prefill) or given (vision)
                                                         query rows
+    ``draft``        prefill                            function ``(rows, steps, first layer, reduce)`` -> what
+                                                        ``reduce`` makes of a draft model's attention, by step and layer
     ``scaling``      cache                              factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions

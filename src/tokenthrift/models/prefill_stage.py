@@ -29,6 +29,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attend_selected, attention_rows
 from .attention import Attend, Run, replace_attention, watching_instead
+from .draft_attention import draft_attention, draft_for
 from .prepacking import check_packable, fill, prefill_rows
 from .shortened import ShortenedCache, shorten
 
@@ -64,7 +65,7 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
         if "decode" in stages:
             raise ThriftError(f"drafts cannot be verified over a prompt that {name} shortened: leave out decode=...")
         runtime = partial(_shorten, adapter, method, session)
-        method.scoring_layer(len(adapter.attentions))  # refuses layers that are not there
+        _scoring_layer(adapter, method)  # refuses layers that are not there
     _replace_forward(adapter, runtime, session, undo)
 
 
@@ -209,9 +210,12 @@ def _attend_thinned(
 def _shorten(adapter: DecoderAdapter, method: Any, session: Session, call: Call, real: Tensor, plain: Forward) -> Any:
     start = perf_counter()
     batch, width = real.shape
-    layer = method.scoring_layer(len(adapter.attentions))
+    layer = _scoring_layer(adapter, method)
     looked = cache(lambda: _queries_and_keys(adapter, layer, call, plain))
     view = View(queries=Lazy(lambda: looked()[0]), keys=Lazy(lambda: looked()[1]), mask=real)
+    if "draft" in method.info.needs:
+        draft = draft_for(method.model, adapter.model, method.info.name)
+        view.offer("draft", partial(draft_attention, draft, call["input_ids"], real))
     map: TokenMap = method.reduce(view.require(method.info.needs))
     seconds = perf_counter() - start
     session.start_maps("prefill")
@@ -265,6 +269,11 @@ def _go_on(adapter: DecoderAdapter, session: Session, cache: ShortenedCache, cal
     costs = adapter.costs
     session.flops_dense += batch * (costs.flops(new, seen + new) - costs.flops(new, seen - cache.dropped + new))
     return out
+
+
+def _scoring_layer(adapter: DecoderAdapter, method: Any) -> int:
+    """The layer whose queries and keys the method looks at, if it looks at any."""
+    return int(method.scoring_layer(len(adapter.attentions))) if hasattr(method, "scoring_layer") else 0
 
 
 class _Enough(Exception):
