@@ -5,6 +5,7 @@ and hands it to the runtime of the method's ``place``:
 
 - ``"rows"``: prompts are rearranged, none of them is cut (:mod:`.prepacking`);
 - ``"heads"``: in the attention of some layers, each head leaves tokens out;
+- ``"layers"``: after some layers, tokens are left behind (:mod:`.lazy_stage`);
 - ``"prompt"``: some tokens are kept, and the model reads these as a shorter prompt (:mod:`.shortened`).
 """
 
@@ -30,6 +31,7 @@ from ..core.view import Lazy, View
 from ..ops.attention import attend_selected, attention_rows
 from .attention import Attend, Run, replace_attention, watching_instead
 from .draft_attention import draft_attention, draft_for
+from .lazy_stage import install_lazy
 from .prepacking import check_packable, fill, prefill_rows
 from .shortened import ShortenedCache, shorten
 
@@ -61,6 +63,10 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
         _check_plain_attention(adapter, name)
         method.sparse_layers(len(adapter.attentions))  # refuses layers that are not there
         runtime = partial(_thin_out, adapter, method, session)
+    elif method.place == "layers":
+        if {"cache", "decode"} & set(stages):
+            raise ThriftError(f"prefill={name} has a cache of its own kind: leave out cache=... and decode=...")
+        runtime = partial(_go_lazily, adapter, session, install_lazy(adapter, method, session, undo))
     else:
         if "decode" in stages:
             raise ThriftError(f"drafts cannot be verified over a prompt that {name} shortened: leave out decode=...")
@@ -202,6 +208,31 @@ def _attend_thinned(
     full, small = (attention_flops(m, m, heads, query.shape[-1]) for m in (n, map.n_out))
     session.flops -= len(query) * (full - small)
     return attend_selected(query, key, value, map, scaling)
+
+
+# ---- layers: tokens left behind -------------------------------------------------------------------------------------
+
+
+def _go_lazily(
+    adapter: DecoderAdapter,
+    session: Session,
+    start: Callable[[DynamicCache, Tensor], None],
+    call: Call,
+    real: Tensor,
+    plain: Forward,
+) -> Any:
+    held = _empty_cache(adapter, call)
+    if held is None:
+        raise ThriftError(
+            f"tokens cannot wait beside a {type(call['past_key_values']).__name__}; use the default cache "
+            "(no cache_implementation, no quantized or offloaded cache)"
+        )
+    session.start_maps("prefill")
+    start(held, real)
+    out = plain(**{**call, "past_key_values": held})
+    if not _wants_cache(adapter, call) and hasattr(out, "past_key_values"):
+        out.past_key_values = None
+    return out
 
 
 # ---- prompt: a shorter one ------------------------------------------------------------------------------------------
