@@ -22,6 +22,7 @@ _HOME = {
     "methods": "core.method",
     "apply": "api",
     "compress": "api",
+    "pack": "models.prepacking",
     "load": "models.packs",
     "bench": "api",
     "tune": "api",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .core.tokenmap import TokenMap
     from .core.view import View
     from .models.packs import load
+    from .models.prepacking import pack
 
 
 def __getattr__(name: str) -> Any:

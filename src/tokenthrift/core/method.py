@@ -24,6 +24,7 @@ FAMILIES = (
     "vocab",
     "vision",
     "multimodal",
+    "prefill",
     "cache",
     "attention",
     "decoding",

@@ -17,12 +17,15 @@ class View:
     part             stages                             meaning
     ================ ================================== ==========================================================
     ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``
-    ``keys``         vision cache attention             ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
+    ``keys``         vision cache prefill attention     ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
     ``values``       cache attention                    ``(batch, kv_heads, tokens, head_dim)``
-    ``queries``      cache attention                    ``(batch, heads, tokens, head_dim)`` of the same forward: one
+    ``queries``      cache prefill attention            ``(batch, heads, tokens, head_dim)`` of the same forward: one
                                                         token at the attention stage
-    ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
-                                                        attention of the last (cache) or given (vision) query rows
+    ``attention``    vision cache prefill               function ``rows -> (batch, heads, rows, tokens)``: softmax
+                                                        attention of the last (cache, prefill) or given (vision)
+                                                        query rows
+    ``draft``        prefill                            function ``(rows, steps, first layer, reduce)`` -> what
+                                                        ``reduce`` makes of a draft model's attention, by step and layer
     ``scaling``      cache attention                    factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions

@@ -7,8 +7,8 @@ calling module and then to the function that the model used before (so an idle w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -78,6 +78,16 @@ def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Wa
     _stand_before(list(modules), _watchers, make, undo, BASES)
 
 
+@contextmanager
+def watching_instead(modules: Iterable[nn.Module], make: Callable[[nn.Module], Watcher]) -> Iterator[None]:
+    """While this is entered, these watchers stand before the modules' attention calls, and no others."""
+    modules = list(modules)
+    with ExitStack() as undo:
+        undo.callback(_watchers.update, {m: _watchers.pop(m) for m in modules if m in _watchers})
+        _stand_before(modules, _watchers, make, undo, BASES)
+        yield
+
+
 def replace_attention(
     modules: Iterable[nn.Module], make: Callable[[nn.Module], Attend], undo: ExitStack, bases: Iterable[str] = BASES
 ) -> None:
@@ -105,17 +115,18 @@ def _stand_before(
     bases: tuple[str, ...],
 ) -> None:
     for module in modules:
-        if module in _watchers or module in _replaced:
+        if module in place:
             raise ThriftError("another session is installed on this model; leave its with block first")
     configs: dict[int, Any] = {id(m.config): m.config for m in modules}
     for config in configs.values():
-        base = config._attn_implementation
+        before = config._attn_implementation
+        base = before.removeprefix(PREFIX)
         if base not in bases:
             raise ThriftError(
                 f"attention implementation '{base}' is not supported; load the model with attn_implementation='sdpa'"
             )
         _register(base)
-        undo.callback(setattr, config, "_attn_implementation_internal", base)
+        undo.callback(setattr, config, "_attn_implementation_internal", before)
         config._attn_implementation_internal = PREFIX + base
     for module in modules:
         undo.callback(place.pop, module, None)
@@ -139,18 +150,18 @@ def _attention_over(base: str) -> Callable[..., Any]:
         run = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
         watcher, replaced = _watchers.get(module), _replaced.get(module)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if replaced is not None:
+        mask = attention_mask if watcher is None else watcher.before(query, key, attention_mask)
+        if replaced is None:
+            out = run(module, query, key, value, mask, **kwargs)
+        else:
 
             def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
                 return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
 
             model_s.exotic = ", ".join(name for name in EXOTIC if kwargs.get(name) is not None)  # type: ignore[attr-defined]
-            return replaced(cast("Run", model_s), query, key, value, attention_mask, scaling).transpose(1, 2), None
-        if watcher is None:
-            return run(module, query, key, value, attention_mask, **kwargs)
-        mask = watcher.before(query, key, attention_mask)
-        out = run(module, query, key, value, mask, **kwargs)
-        watcher.after(query, key, value, mask, scaling)
+            out = replaced(cast("Run", model_s), query, key, value, mask, scaling).transpose(1, 2), None
+        if watcher is not None:
+            watcher.after(query, key, value, mask, scaling)
         return out
 
     return attention

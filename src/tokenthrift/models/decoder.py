@@ -20,7 +20,7 @@ class DecoderAdapter:
     No model class is named: Llama, Qwen, Mistral, Gemma, Phi-3, GPT-NeoX, OLMo and their likes all fit.
     """
 
-    stages = ("cache", "attention", "decode")
+    stages = ("prefill", "cache", "attention", "decode")
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -57,6 +57,10 @@ class DecoderAdapter:
             from .attention_stage import install_attention
 
             install_attention(self, methods[0], session, undo)
+        elif stage == "prefill":
+            from .prefill_stage import install_prefill
+
+            install_prefill(self, methods[0], session, undo)
         else:
             from .decode_stage import install_decode
 

@@ -167,6 +167,35 @@ def augment_keys(
     return pad(wide_queries, (0, spare)), pad(wide_keys, (0, spare))
 
 
+def attend_selected(queries: Tensor, keys: Tensor, values: Tensor, map: TokenMap, scaling: float) -> Tensor:
+    """Causal attention among the tokens that each head has selected; the others get zeros.
+
+    Args:
+        queries: ``(batch, heads, n, dim)``.
+        keys, values: ``(batch, kv_heads, n, dim)``.
+        map: selections over ``(batch, heads)``, in the order of the tokens; padding outputs come last.
+        scaling: factor on ``q·k``.
+
+    Returns:
+        ``(batch, heads, n, dim of values)``.
+    """
+    batch, heads, n, _ = queries.shape
+    kv_heads = keys.shape[1]
+    row = torch.arange(batch, device=keys.device)[:, None, None]
+    head = torch.arange(heads, device=keys.device)[:, None]
+    shared = head // (heads // kv_heads)
+    # Padding comes after all that is real, so causality hides it.
+    out = scaled_dot_product_attention(
+        queries[row, head, map.source],
+        keys[row, shared, map.source],
+        values[row, shared, map.source],
+        is_causal=True,
+        scale=scaling,
+    )
+    slot = torch.where(map.mask, map.source, n).unsqueeze(-1).expand_as(out)
+    return out.new_zeros(batch, heads, n + 1, out.shape[-1]).scatter_(2, slot, out)[:, :, :n]
+
+
 def per_head(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of ``(batch, tokens, dim)`` to ``(batch, heads, tokens, head_dim)``, to all heads at once."""
     out = function(x.transpose(1, 2).flatten(2))

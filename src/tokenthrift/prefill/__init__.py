@@ -1,0 +1,1 @@
+"""Prefill methods: which tokens of a prompt are computed."""
