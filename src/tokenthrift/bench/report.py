@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .runner import BenchResult, Section
 
 NONE = "–"
+WEAK = 0.1
+"""Mean scores of the unmodified model below this leave nothing to lose."""
 UNSTEADY = 1.5
 """Repeats that differ by more than this factor are worth a warning."""
 
@@ -148,6 +150,12 @@ def caution(section: Section, max_loss: float) -> str:
         warnings.append(
             f"Repeats of one measurement took up to {number(spread, 1)}× as long as each other: other work on this "
             "machine disturbed the times. Measure again on an idle machine, or with more --repeats."
+        )
+    weak = [task for task, score in section.results[0].tasks.items() if section.grids and score.mean < WEAK]
+    if weak:
+        warnings.append(
+            f"The unmodified model itself finds next to nothing here ({', '.join(weak)}), so no plan can lose much: "
+            "take easier --tasks or shorter --lengths."
         )
     if best.plan and best.loss_high > max_loss:
         warnings.append(
