@@ -23,7 +23,7 @@ from ..core.view import Lazy, View
 from ..ops.attention import attention_rows
 from ..ops.rotary import Rotary
 from .attention import watch_attention
-from .kv import ReducedLayer
+from .kv import ReducedLayer, biased
 from .rotary import rotary_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class CacheWatcher:
         start = perf_counter()
         view = cache_view(query, key, value, mask, scaling, self.layer, self.layers, rotary)
         map = self.method.reduce(view.require(self.method.info.needs))
-        reduced = ReducedLayer(key, value, map, view.mask)
+        proportional = getattr(self.method, "proportional", False)
+        reduced = ReducedLayer(key, value, map, view.mask, proportional=proportional)
         cache.layers[self.layer] = reduced
         seconds = perf_counter() - start
         heads = map.lead[-1]
@@ -153,12 +154,13 @@ def reduced_mask(layer: ReducedLayer, query: Tensor, mask: Tensor | None) -> Ten
     """The mask for queries over a reduced layer: stored entries that are real, then causal among the new tokens.
 
     ``mask`` is the model's, built for some other length; only its last columns, for the new tokens, are right (they
-    hold padding and tree masks). Returns ``(batch, heads or 1, q, stored)``, None if everything is seen.
+    hold padding and tree masks). Returns ``(batch, heads or 1, q, stored)``, None if everything is seen; additive where
+    ``mask`` is, and where entries count for several tokens.
     """
     q, stored = query.shape[-2], layer.keys.shape[-2]
-    if layer.real is None and q == 1:
+    if layer.real is None and layer.bias is None and q == 1:
         return None
-    additive = mask is not None and mask.dtype != torch.bool
+    additive = layer.bias is not None or (mask is not None and mask.dtype != torch.bool)
     if mask is None:
         new = torch.ones(q, q, dtype=torch.bool, device=query.device).tril()[None, None]
     else:
@@ -172,4 +174,4 @@ def reduced_mask(layer: ReducedLayer, query: Tensor, mask: Tensor | None) -> Ten
     seen = torch.cat([old.expand(batch, heads, q, -1), new.expand(batch, heads, -1, -1)], dim=-1)
     if not additive:
         return seen
-    return torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
+    return biased(seen, layer.bias, query.shape[1], query.dtype)
