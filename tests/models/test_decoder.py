@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import tokenthrift as tt
-from cache_plans import EACH, METHODS, plan
+from cache_plans import EACH, EACH_EVICTING, METHODS, plan
 from tiny_models import FAMILIES, prompt, tiny
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import ReducedLayer
@@ -76,7 +76,7 @@ def test_eviction_equals_dense_attention_that_masks_what_was_evicted(family, att
 
 
 @ALL
-@EACH
+@EACH_EVICTING
 def test_every_method_evicts_right_on_every_family(family, name):
     check_eviction(family, "sdpa", 5, plan(name, 12))
 
