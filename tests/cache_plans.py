@@ -11,6 +11,7 @@ _OPTIONS = {
     "pyramid_kv": ", window=4, beta=3",
     "lagkv": ", sinks=2, lag=5",
     "expected_attention": ", sinks=2, future=16",
+    "dapq": ", queries=4",
     "ems": ", window=4, threshold=0.1",
 }
 MERGING = {"ems"}
