@@ -22,6 +22,8 @@ class View:
     ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
     ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache) or given (vision) query rows
+    ``ahead``        cache                              how many tokens behind the prompt only ask: the last rows of
+                                                        ``attention``, whose columns include them
     ``scaling``      cache                              factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions

@@ -24,6 +24,7 @@ class ReducedLayer(DynamicLayer):
         bias: ``(batch, kv_heads, stored)`` float32, added to the entries' logits: the logarithm of how many tokens each
             counts for; None where each is one.
         seen: tokens that passed through the layer.
+        whole: nothing was dropped or moved, so that masks made for the text fit.
 
     Args:
         keys, values: ``(batch, kv_heads, seen, head_dim)``, all that the layer has seen.
@@ -47,6 +48,7 @@ class ReducedLayer(DynamicLayer):
         self.real: Tensor | None = None if bool(real.all()) else real
         sizes = map.sizes() if proportional and not map.is_selection else None
         self.bias: Tensor | None = None if sizes is None or bool((sizes <= 1).all()) else sizes.clamp(min=1).log()
+        self.whole = map.is_identity
         self.is_initialized = True
 
     @property

@@ -57,6 +57,10 @@ class Rotary:
         each = self.following(steps, mask)
         return Rotary(each.cos.mean(1, keepdim=True), each.sin.mean(1, keepdim=True), self.turn)
 
+    def first(self, tokens: int) -> Rotary:
+        """The rotations of the first so many tokens."""
+        return Rotary(self.cos[:, :tokens], self.sin[:, :tokens], self.turn)
+
     def last(self, tokens: int) -> Rotary:
         """The rotations of the last so many tokens."""
         return Rotary(self.cos[:, -tokens:], self.sin[:, -tokens:], self.turn)
