@@ -13,8 +13,10 @@ _OPTIONS = {
     "expected_attention": ", sinks=2, future=16",
     "dapq": ", queries=4",
     "ems": ", window=4, threshold=0.1",
+    "speckv": ", window=4, lookahead=3",
+    "razor_attention": ", sinks=2, least=0, heads=[]",
 }
-MERGING = {"ems"}
+MERGING = {"ems", "razor_attention"}
 """Their entries may stand for several tokens, so that attention over them is none over a part of the prompt."""
 METHODS = [info.name for info in tt.methods(stage="cache")]
 EACH = pytest.mark.parametrize("name", METHODS)
