@@ -136,6 +136,16 @@ def test_nothing_is_drafted_where_all_is_kept_or_the_positions_end(monkeypatch):
         assert calls[1] is None
 
 
+def test_drafts_of_the_decode_stage_go_on_from_it():
+    model, inputs = tiny("llama"), prompt(length=40)
+    inputs["input_ids"][:, 32:] = inputs["input_ids"][:, 31:39]
+    with tt.apply(OWN, model):
+        plain = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    with tt.apply(f"cache={OWN} decode=prompt_lookup(adaptive=False)", model) as session:
+        assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False), plain)
+    assert session.report().stages["decode"].extra["drafted"] > 0
+
+
 def test_generation_goes_on_and_the_model_is_as_before():
     model, inputs = tiny("llama"), prompt(length=40, pad=6)
     plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
