@@ -11,9 +11,16 @@ _OPTIONS = {
     "pyramid_kv": ", window=4, beta=3",
     "lagkv": ", sinks=2, lag=5",
     "expected_attention": ", sinks=2, future=16",
+    "dapq": ", queries=4",
+    "ems": ", window=4, threshold=0.1",
+    "speckv": ", window=4, lookahead=3",
+    "razor_attention": ", sinks=2, least=0, heads=[]",
 }
+MERGING = {"ems", "razor_attention"}
+"""Their entries may stand for several tokens, so that attention over them is none over a part of the prompt."""
 METHODS = [info.name for info in tt.methods(stage="cache")]
 EACH = pytest.mark.parametrize("name", METHODS)
+EACH_EVICTING = pytest.mark.parametrize("name", [name for name in METHODS if name not in MERGING])
 
 
 def plan(name: str, budget: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenthrift as tt
-from cache_plans import EACH, plan
+from cache_plans import EACH, EACH_EVICTING, plan
 from tokenthrift.models.cache_stage import cache_view
 from tokenthrift.ops.rotary import Rotary
 
@@ -155,7 +155,7 @@ def test_keeping_everything_is_the_identity(name):
         assert tt.Plan.parse(plan(name, budget)).at("cache")[0].reduce(view()).is_identity
 
 
-@EACH
+@EACH_EVICTING
 @pytest.mark.parametrize("budget", [12, 0.5])
 def test_as_many_as_asked_for_in_order_and_each_once(name, budget):
     index = kept(plan(name, budget), view(n=24, batch=2, layer=1, layers=3))
@@ -171,10 +171,15 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
     parts = full.queries, full.keys, full.values
     map = tt.Plan.parse(plan(name, 14)).at("cache")[0].reduce(made_of(*parts, mask=left_padding(40, pads)))
     for row, pad in enumerate(pads):
-        alone = kept(plan(name, 14), made_of(*(p[row : row + 1, :, pad:] for p in parts), start=pad))
-        real = map.mask[row, 0]
-        assert torch.equal(map.source[row][:, real] - pad, alone[0])
-        assert int(real.sum()) == min(14, 40 - pad)
+        alone = tt.Plan.parse(plan(name, 14)).at("cache")[0]
+        alone = alone.reduce(made_of(*(p[row : row + 1, :, pad:] for p in parts), start=pad))
+        for head in range(2):
+            real = map.mask[row, head]
+            want = alone.dense()[0, head][alone.mask[0, head]]
+            torch.testing.assert_close(map.dense()[row, head][real][:, pad:], want)
+            assert torch.equal(map.anchors[row, head][real] - pad, alone.anchors[0, head][alone.mask[0, head]])
+            assert not map.kept[row, head, :pad].any()
+            assert int(real.sum()) == min(14, 40 - pad)
 
 
 @EACH

@@ -1,4 +1,4 @@
-"""`tokenthrift calibrate vocabulary` on a tiny model, and mistakes as ThriftError."""
+"""`tokenthrift calibrate` on a tiny model, and mistakes as ThriftError."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import tokenthrift as tt
 from decoding.conftest import build
 from decoding.draft_models import WORDS, tokenizer
 from tokenthrift.cli.calibrate import app
@@ -43,3 +44,40 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path):
     with pytest.raises(ThriftError, match="there is no file"):
         CliRunner().invoke(app, ["vocabulary", "--data", str(tmp_path / "no.txt")], catch_exceptions=False)
     assert "--json" in CliRunner().invoke(app, ["vocabulary", "--help"]).stdout
+
+
+def test_a_method_is_calibrated_for_a_model_and_runs_with_the_file(folder, tmp_path):
+    out = tmp_path / "heads.json"
+    call = ["razor_attention", "--model", str(folder), "--out", str(out), "--set", "block=20", "--set", "seed=3"]
+    shown = CliRunner().invoke(app, [*call, "--json"])
+    assert shown.exit_code == 0, shown.exception
+    said = json.loads(shown.stdout)
+    assert said["file"] == str(out) and said["method"] == "razor_attention" and said["model"]["type"] == "llama"
+    assert json.loads(out.read_text())["data"]["block"] == 20
+    with tt.apply(f"razor_attention(heads={str(out)!r})", tt.load(folder)[0]):
+        pass
+    assert str(out) in CliRunner().invoke(app, call).stdout
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (["razor_atention"], "did you mean"),
+        (["knorm"], "needs no calibration"),
+        (["razor_attention", "--set", "block"], "write NAME=VALUE with block, repeats, seed"),
+        (["razor_attention", "--set", "rows=2"], "none of razor_attention's options"),
+        (["razor_attention", "--set", "block=many"], "write a number"),
+        (["razor_attention", "--set", "block=2.5"], "whole number as block"),
+        (["razor_attention", "--set", "block=1"], "cannot be read"),
+        (["razor_attention", "--out", "none/heads.json"], "there is no folder"),
+    ],
+)
+def test_mistakes_in_calibrating_a_method(folder, call, said):
+    with pytest.raises(ThriftError, match=said):
+        CliRunner().invoke(app, [*call, "--model", str(folder)], catch_exceptions=False)
+
+
+def test_help_says_what_can_be_set():
+    assert "razor_attention" in CliRunner().invoke(app, ["--help"]).stdout
+    shown = CliRunner().invoke(app, ["razor_attention", "--help"]).stdout
+    assert "block, repeats, seed" in " ".join(shown.split())

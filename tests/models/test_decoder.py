@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import tokenthrift as tt
-from cache_plans import EACH, METHODS, plan
+from cache_plans import EACH, EACH_EVICTING, MERGING, METHODS, plan
 from tiny_models import FAMILIES, prompt, tiny
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import ReducedLayer
@@ -76,12 +76,23 @@ def test_eviction_equals_dense_attention_that_masks_what_was_evicted(family, att
 
 
 @ALL
-@EACH
+@EACH_EVICTING
 def test_every_method_evicts_right_on_every_family(family, name):
     check_eviction(family, "sdpa", 5, plan(name, 12))
 
 
-def check_eviction(family, attention, step, plan):
+@ALL
+@BOTH
+@pytest.mark.parametrize(
+    "plan", [plan(name, 12) for name in MERGING] + [plan("razor_attention", 12)[:-3] + "[[0, 1]])"]
+)
+def test_merged_entries_are_attended_to_as_their_map_says(family, attention, plan):
+    """Averaged keys and values; compensation tokens weigh as many as they stand for; heads of different lengths."""
+    proportional = getattr(tt.Plan.parse(plan).at("cache")[0], "proportional", False)
+    check_eviction(family, attention, 1 if attention == "sdpa" else 5, plan, merged=proportional)
+
+
+def check_eviction(family, attention, step, plan, merged=None):
     model, inputs = tiny(family, attention), prompt(length=40, pad=7)
     more = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(1))
     n = inputs["input_ids"].shape[1]
@@ -97,9 +108,11 @@ def check_eviction(family, attention, step, plan):
             out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             got.append(out.logits)
     assert kept
-    assert session.report().stages["cache"].kept < 0.5
+    assert session.report().stages["cache"].kept < (0.5 if merged is None else 0.9)
     full = {"input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": mask}
-    want = dense_reference(model, full, n, kept)
+    maps = session.provenance()["cache"]
+    assert merged is None or any((map.sizes() > 1).any() for map in maps.values())
+    want = dense_reference(model, full, n, kept) if merged is None else merged_reference(model, full, n, maps, merged)
     torch.testing.assert_close(torch.cat(got, 1), want[:, n:], atol=2e-4, rtol=2e-4)
 
 
@@ -111,7 +124,6 @@ def stored_of(layer, n):
 
 def dense_reference(model, inputs, n, kept):
     """One forward over everything, where queries from ``n`` on do not see the evicted prompt entries of their head."""
-    base = model.config._attn_implementation
 
     def attention(module, q, k, v, mask, scaling=None, **kwargs):
         groups = q.shape[1] // k.shape[1]
@@ -125,6 +137,35 @@ def dense_reference(model, inputs, n, kept):
         out = logits.softmax(-1, dtype=torch.float32) @ v.repeat_interleave(groups, 1)
         return out.transpose(1, 2).contiguous(), None
 
+    return forward_with(attention, model, inputs)
+
+
+def merged_reference(model, inputs, n, maps, proportional):
+    """The same with maps that average: queries from ``n`` on see their outputs in place of the prompt."""
+
+    def attention(module, q, k, v, mask, scaling=None, **kwargs):
+        groups = q.shape[1] // k.shape[1]
+        map = maps.get(module.layer_idx)
+        logits = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
+        weight = (logits + (0 if mask is None else mask)).softmax(-1)
+        out = weight @ v.repeat_interleave(groups, 1)
+        if map is not None:
+            width = map.dense()
+            keys, values = (torch.cat([width @ x[:, :, :n], x[:, :, n:]], 2) for x in (k, v))
+            counts = map.sizes() if proportional else map.mask.float()
+            counts = torch.nn.functional.pad(counts, (0, k.shape[2] - n), value=1.0)
+            keys, values, counts = (x.repeat_interleave(groups, 1) for x in (keys, values, counts))
+            late = torch.ones(k.shape[2] - n, keys.shape[2], dtype=torch.bool).tril(map.n_out)
+            weight = (q[:, :, n:] @ keys.transpose(-1, -2) * scaling).exp() * counts[:, :, None] * late
+            out[:, :, n:] = weight / weight.sum(-1, keepdim=True) @ values
+        return out.transpose(1, 2).contiguous(), None
+
+    return forward_with(attention, model, inputs)
+
+
+def forward_with(attention, model, inputs):
+    """The logits where this function answers all attention calls."""
+    base = model.config._attn_implementation
     AttentionInterface.register("dense_reference", attention)
     AttentionMaskInterface.register("dense_reference", eager_mask)
     configs = {id(m.config): m.config for m in find_attentions(model)}.values()

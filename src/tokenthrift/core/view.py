@@ -24,6 +24,8 @@ class View:
     ``attention``    vision cache prefill               function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache, prefill) or given (vision)
                                                         query rows
+    ``ahead``        cache                              how many tokens behind the prompt only ask: the last rows of
+                                                        ``attention``, whose columns include them
     ``draft``        prefill                            function ``(rows, steps, first layer, reduce)`` -> what
                                                         ``reduce`` makes of a draft model's attention, by step and layer
     ``scaling``      cache attention                    factor on ``q·k`` in the layer's attention

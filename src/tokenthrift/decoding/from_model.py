@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from os import PathLike, fspath
+from os import fspath
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import ThriftError
 from ..models.decoder import context_length
+from ..models.drafts import Given, as_draft, load_draft
 from .chances import whole
 from .draft import NOTHING, ROOT, Draft
 from .growing import Growth, Tree, Trust
@@ -25,16 +25,6 @@ from .vocab_trim import TokenCounts
 from .vocabularies import TrimmedHead, Vocabulary, match
 
 _RATE = 1 / 16  # how fast measured times follow
-
-
-class Given:
-    """A model that was passed in as an object; plans print it by its class."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __repr__(self) -> str:
-        return f"<{type(self.model).__name__}>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +58,7 @@ class FromModel:
 
     def __post_init__(self) -> None:
         name = self.info.name  # type: ignore[attr-defined]
-        if isinstance(self.model, nn.Module):
-            object.__setattr__(self, "model", Given(self.model))
-        elif not isinstance(self.model, str | PathLike | Given) or not fspath_of(self.model):
-            raise ThriftError(f"{name} needs model as a pack, folder, hub id or loaded model, not {self.model!r}")
+        object.__setattr__(self, "model", as_draft(name, "model", self.model))
         if self.vocabulary not in ("auto", "same"):
             raise ThriftError(f"{name} knows vocabulary='auto' and 'same', not {self.vocabulary!r}")
         if self.trim_size is not None and (self.trim is None or self.trim_size < 1):
@@ -89,19 +76,6 @@ class FromModel:
     def start_batch(self, prompts: Sequence[Sequence[int]], request: Request) -> ModelDrafters:
         """The drafters of rows that begin with these prompts."""
         return ModelDrafters(self, prompts, request)
-
-
-def fspath_of(model: Any) -> str:
-    """The name of a model that was given by one; of others its class."""
-    return repr(model) if isinstance(model, Given) else fspath(model)
-
-
-@lru_cache(maxsize=2)
-def load_draft(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A draft model and its tokenizer; kept for the next request."""
-    from ..models.packs import load
-
-    return load(name, device=device, dtype=dtype)
 
 
 class ModelDrafters:

@@ -21,18 +21,24 @@ class ReducedLayer(DynamicLayer):
     Attributes:
         keys, values: ``(batch, kv_heads, stored, head_dim)``.
         real: ``(batch, kv_heads, stored)`` bool, false for padding and in rows that keep fewer; None if all are.
+        bias: ``(batch, kv_heads, stored)`` float32, added to the entries' logits: the logarithm of how many tokens each
+            counts for; None where each is one.
         seen: tokens that passed through the layer.
+        whole: nothing was dropped or moved, so that masks made for the text fit.
 
     Args:
         keys, values: ``(batch, kv_heads, seen, head_dim)``, all that the layer has seen.
         map: what to keep, over ``(batch, kv_heads)``.
         mask: ``(batch, seen)`` bool, true for real tokens.
+        proportional: entries that several tokens were merged into count in attention as often as they have tokens.
     """
 
     keys: Tensor  # type: ignore[assignment]  # never None here
     values: Tensor  # type: ignore[assignment]
 
-    def __init__(self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor, *, proportional: bool = False
+    ) -> None:
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.seen = keys.shape[-2]
@@ -40,6 +46,9 @@ class ReducedLayer(DynamicLayer):
         self._kept = map.positions("anchor")
         real = map.mask & mask.unsqueeze(1).expand(keys.shape[:-1]).gather(-1, map.anchors)
         self.real: Tensor | None = None if bool(real.all()) else real
+        sizes = map.sizes() if proportional and not map.is_selection else None
+        self.bias: Tensor | None = None if sizes is None or bool((sizes <= 1).all()) else sizes.clamp(min=1).log()
+        self.whole = map.is_identity
         self.is_initialized = True
 
     @property
@@ -64,6 +73,8 @@ class ReducedLayer(DynamicLayer):
         new = key_states.shape[-2]
         if self.real is not None:
             self.real = torch.nn.functional.pad(self.real, (0, new), value=True)
+        if self.bias is not None:
+            self.bias = torch.nn.functional.pad(self.bias, (0, new))
         self.seen += new
         return super().update(key_states, value_states)
 
@@ -75,6 +86,8 @@ class ReducedLayer(DynamicLayer):
             self.real = torch.nn.functional.pad(real[..., : self.keys.shape[-2]], (0, new))
             for row, count in enumerate(grown):
                 self.real[row, :, self.keys.shape[-2] :][:, :count] = True
+        if self.bias is not None:
+            self.bias = torch.nn.functional.pad(self.bias[..., : self.keys.shape[-2]], (0, new))
         self.keys, self.values = keys, values
         self.seen += new
 
@@ -94,7 +107,7 @@ class ReducedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.real = 0, None
+        self.seen, self.real, self.bias = 0, None, None
         self._kept = self._kept[..., :0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -112,3 +125,24 @@ class ReducedLayer(DynamicLayer):
     def _rows(self, change: Any) -> None:
         self._kept = change(self._kept)
         self.real = None if self.real is None else change(self.real)
+        self.bias = None if self.bias is None else change(self.bias)
+
+
+def biased(seen: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to logits.
+
+    Args:
+        seen: ``(batch, heads or 1, q, columns)`` bool.
+        bias: ``(batch, kv_heads, entries)``, of the first columns (the others, if any, have none).
+        heads: query heads.
+        dtype: of the queries.
+
+    Returns:
+        ``(batch, heads or 1, q, columns)``.
+    """
+    out = torch.zeros_like(seen, dtype=dtype)
+    if bias is not None:
+        columns = min(bias.shape[-1], seen.shape[-1])
+        out = out.repeat(bias.shape[0] // seen.shape[0], heads // seen.shape[1], 1, 1)
+        out[..., :columns] += bias[..., None, :columns].repeat_interleave(heads // bias.shape[1], dim=1).to(dtype)
+    return out.masked_fill_(~seen, torch.finfo(dtype).min)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..decoding.draft import Draft
 from .attention import BASES, PREFIX, is_replaced
-from .kv import ReducedLayer
+from .kv import ReducedLayer, biased
 
 ROOM = 256
 """Columns by which a buffer that is full grows at least."""
@@ -174,17 +174,21 @@ class PackedLayer(CacheLayerMixin):
         return self.keys[:, :, :columns], self.values[:, :, :columns]
 
     def mask(self, heads: int) -> Tensor | None:
-        """Of this step: ``(live rows, 1 or heads, widest row, columns)`` bool, or None if everything is seen."""
+        """Of this step: ``(live rows, 1 or heads, widest row, columns)`` bool, or None if everything is seen; additive
+        where entries count for several tokens."""
         plain = self.packing.mask(self.base, self.window, isinstance(self.layer, ReducedLayer))
-        real = getattr(self.layer, "real", None)
-        if real is None:
+        real, bias = getattr(self.layer, "real", None), getattr(self.layer, "bias", None)
+        if real is None and bias is None:
             return plain
+        assert self.keys is not None
+        live = self.packing.step.live
         if plain is None:
-            assert self.keys is not None
             columns = self.packing.step.columns(self.base, self.packing.grown)
-            plain = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=real.device)
-        seen = functional.pad(real[self.packing.step.live], (0, plain.shape[-1] - self.base), value=True)
-        return plain & seen.repeat_interleave(heads // seen.shape[1], dim=1).unsqueeze(2)
+            plain = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=self.keys.device)
+        if real is not None:
+            seen = functional.pad(real[live], (0, plain.shape[-1] - self.base), value=True)
+            plain = plain & seen.repeat_interleave(heads // seen.shape[1], dim=1).unsqueeze(2)
+        return plain if bias is None else biased(plain, bias[live], heads, self.keys.dtype)
 
     def _make_room(self, columns: int) -> None:
         assert self.keys is not None and self.values is not None
@@ -360,6 +364,6 @@ def _tiled(mask: Tensor, shared: int, step: Step, query: Tensor) -> Tensor:
     """The mask as a bias, for query heads that share a key head one below the other; made once a step."""
     key = (id(mask), shared)
     if key not in step.tiled:
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        bias = biased(mask, None, mask.shape[1], query.dtype) if mask.dtype == torch.bool else mask
         step.tiled[key] = mask, bias.repeat(1, 1, shared, 1)  # with the mask, so that no other gets its id
     return step.tiled[key][1]

@@ -37,6 +37,23 @@ def attention_rows(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor |
     return out if mask is None else out * mask[:, None, n - rows :, None]  # … and then counts for nothing
 
 
+def attention_over(queries: Tensor, keys: Tensor, scaling: float, mask: Tensor) -> Tensor:
+    """Softmax attention of queries that come after all keys, in float32.
+
+    Args:
+        queries: ``(batch, heads, rows, dim)``.
+        keys, scaling: as for :func:`attention_rows`.
+        mask: ``(batch, n)`` bool, true for the keys that are seen.
+
+    Returns:
+        ``(batch, heads, rows, n)`` float32.
+    """
+    batch, heads, rows, dim = queries.shape
+    grouped = queries.reshape(batch, keys.shape[1], -1, dim).to(torch.float32) * scaling
+    logits = grouped @ keys.to(torch.float32).transpose(-1, -2)
+    return logits.masked_fill_(~mask[:, None, None], float("-inf")).softmax(-1).view(batch, heads, rows, -1)
+
+
 def attention_received(
     queries: Tensor, keys: Tensor, scaling: float, mask: Tensor | None = None, block: int = 128
 ) -> Tensor:

@@ -32,13 +32,13 @@ class Rotary:
         size = self.cos.square() + self.sin.square()  # not 1 where long-context variants scale the embeddings
         return self.turn(x, (self.cos / size).to(x.dtype), (-self.sin / size).to(x.dtype))
 
-    def ahead(self, steps: int, mask: Tensor) -> Rotary:
-        """The mean rotation over the ``steps`` positions that follow each row's last real token.
+    def following(self, steps: int, mask: Tensor) -> Rotary:
+        """The rotations of the ``steps`` positions that follow each row's last real token.
 
         One step turns by the angle between a row's first two real tokens, so the model need not be asked.
 
         Args:
-            steps: how many positions to average over.
+            steps: how many positions.
             mask: ``(batch, tokens)`` bool, true for real tokens.
         """
         batch, n = mask.shape
@@ -50,4 +50,24 @@ class Rotary:
         count = torch.arange(1, steps + 1, device=mask.device)[:, None]
         to_come = angle[row, last].unsqueeze(1) + step.unsqueeze(1) * count  # (batch, steps, dim)
         size = torch.hypot(sin, cos)[row, last].unsqueeze(1)
-        return Rotary(size * to_come.cos().mean(1, keepdim=True), size * to_come.sin().mean(1, keepdim=True), self.turn)
+        return Rotary(size * to_come.cos(), size * to_come.sin(), self.turn)
+
+    def ahead(self, steps: int, mask: Tensor) -> Rotary:
+        """The mean of :meth:`following`: one rotation for all."""
+        each = self.following(steps, mask)
+        return Rotary(each.cos.mean(1, keepdim=True), each.sin.mean(1, keepdim=True), self.turn)
+
+    def first(self, tokens: int) -> Rotary:
+        """The rotations of the first so many tokens."""
+        return Rotary(self.cos[:, :tokens], self.sin[:, :tokens], self.turn)
+
+    def last(self, tokens: int) -> Rotary:
+        """The rotations of the last so many tokens."""
+        return Rotary(self.cos[:, -tokens:], self.sin[:, -tokens:], self.turn)
+
+    def at(self, index: Tensor) -> Rotary:
+        """The rotations of the tokens at ``index`` ``(batch, m)``, row by row."""
+        batch, dim = index.shape[0], self.cos.shape[-1]
+        wide = index.unsqueeze(-1).expand(-1, -1, dim)
+        cos, sin = (t.expand(batch, -1, -1).gather(1, wide) for t in (self.cos, self.sin))
+        return Rotary(cos, sin, self.turn)

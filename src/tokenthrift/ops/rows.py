@@ -1,4 +1,4 @@
-"""Scoring the rows of a padded batch one by one."""
+"""The rows of a padded batch, each by itself."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def score_rows(score: Callable[..., Tensor], mask: Tensor, *parts: Tensor) -> Te
     for row, real in enumerate(mask):
         out[row, :, real] = score(*(part[row : row + 1, :, real] for part in parts))[0]
     return out
+
+
+def age(mask: Tensor) -> Tensor:
+    """``(batch, n)``: real tokens from each token to the row's end, itself included: 1 for the newest."""
+    return mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)
