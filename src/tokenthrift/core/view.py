@@ -22,6 +22,12 @@ class View:
     ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
     ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache) or given (vision) query rows
+    ``received``     cache                              ``(batch, kv_heads, tokens)``, attention from all queries so
+                                                        far, mean over the query heads that share a head
+    ``asked``        cache                              ``(batch, kv_heads, tokens)``, how many queries those were
+    ``again``        cache                              whether what an earlier call kept is reduced once more; the
+                                                        tokens are then cache entries, and there are no ``queries``,
+                                                        ``rotary`` and ``positions``
     ``scaling``      cache                              factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions
