@@ -8,7 +8,9 @@ For every prompt (every batch of prompts of one kind, left-padded) all ways of d
 moves on by one from prompt to prompt; each way is compared with the plain generate of the same turn. A way sees each
 prompt once, since methods may learn from what they have generated. With --out, results are written prompt by prompt,
 and the same command goes on where it stopped; ways that are added later are timed beside a plain generate of their own.
-On a busy machine --cpu compares CPU seconds, which others disturb less; that is fair with one thread only.
+Plans run as ``tt.apply`` runs them, with the product of linear layers that is fastest here (``linears="auto"``); what
+that alone makes of plain generate is a way of its own. On a busy machine --cpu compares CPU seconds, which others
+disturb less; that is fair with one thread only.
 
 The table has, by kind: tokens a second relative to plain generate, tokens committed a forward, and the share of
 generated tokens that plain generate would have written at their place (in float32 100%, but for near-ties).
@@ -39,11 +41,30 @@ from tokenthrift.core.plan import Plan
 PLAIN, LOOKUP, ASSISTANT = "plain", "transformers prompt_lookup", "transformers assistant"
 
 
+DRAFTED = (
+    "draft_model(model={}, draft=3, adaptive=False)",
+    "dyspec(model={}, nodes=6, adaptive=False)",
+    "rsd(model={}, width=2, depth=2, adaptive=False)",
+    "spectr(model={}, drafts=2, depth=2, adaptive=False)",
+    "sequoia(model={}, nodes=6, depth=3, adaptive=False)",
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2-135m", help="model pack, folder or hub id")
     parser.add_argument("--plans", nargs="+", metavar="PLAN", help="default: every exact method that needs no model")
     parser.add_argument("--assistant", metavar="MODEL", help="also run transformers' assistant_model with this one")
+    parser.add_argument(
+        "--only-plans", action="store_true", help="leave out transformers' own ways, and plain ones but one"
+    )
+    parser.add_argument(
+        "--draft-layers",
+        type=int,
+        metavar="N",
+        help="also run the methods with a draft model, which is the model's own first N layers: to see that the output "
+        "is right, not that it is fast, since such a model was not trained to write with them",
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--prompts-per-kind", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -51,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSONL file to write results to, and to go on from")
     parser.add_argument("--cpu", action="store_true", help="compare CPU seconds instead of those on the wall")
     parser.add_argument("--linears", default="auto", help="product of linear layers in the plans (tt.apply's linears)")
-    parser.add_argument("--details", action="store_true", help="print a row a prompt, too")
+    parser.add_argument("--details", action="store_true", help="print a row a prompt, or what takes the time, too")
     parser.add_argument("--profile", action="store_true", help="instead: time outside forwards, on one prompt a kind")
     args = parser.parse_args()
     try:
@@ -67,6 +88,12 @@ def run(args: argparse.Namespace) -> None:
         if "decode" not in Plan.of(plan).stages:
             raise ThriftError(f"the plan '{plan}' has no decode stage: this script compares ways of decoding")
     model, tokenizer = tt.load(args.model)
+    if args.draft_layers:
+        short = first_layers(
+            model, tokenizer, args.draft_layers, Path("out") / f"{args.model}-first-{args.draft_layers}"
+        )
+        plans += [f"decode={plan.format(repr(str(short)))}" for plan in DRAFTED]
+        args.assistant = args.assistant or str(short)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     options = {"max_new_tokens": args.new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
@@ -76,19 +103,19 @@ def run(args: argparse.Namespace) -> None:
         kwargs = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         return tokenizer.apply_chat_template(chats, padding=len(texts) > 1, **kwargs).to(model.device)
 
-    if args.profile:
-        profile(model, [encode([p.prompt]) for p in prompts], options, plans)
-        return
     ways: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {PLAIN: (nullcontext, {})}
-    if args.batch == 1:  # transformers' own ways take no batches
+    if args.batch == 1 and not args.only_plans:  # transformers' own ways take no batches
         ways[LOOKUP] = (nullcontext, {"prompt_lookup_num_tokens": 10})
         if args.assistant:
             ways[ASSISTANT] = (nullcontext, {"assistant_model": tt.load(args.assistant)[0]})
     ways |= {plan: (partial(tt.apply, plan, model, linears=args.linears), {}) for plan in plans}
     with tt.apply(plans[0], model, linears=args.linears) as session:
         product = session.linears
-    if product != "torch":  # what of the plans' speed is not drafting
+    if product != "torch" and not args.only_plans:  # what of the plans' speed is not drafting
         ways[f"{PLAIN}, {product}"] = (partial(tt.apply, None, model, linears=product), {})
+    if args.profile:
+        profile(model, [encode([p.prompt]) for p in prompts], options, ways, args.details)
+        return
 
     settings = {
         "model": args.model,
@@ -115,6 +142,22 @@ def run(args: argparse.Namespace) -> None:
         speeds = ", ".join(f"{way} {relative(results, way, clock):.2f}x" for way in missing)
         print(f"# {', '.join(p.id for p in group)}: {results[PLAIN]['new']} tokens; {speeds}", flush=True)
     report(rows, list(ways), [p.id for p in prompts], settings, clock, args.details)
+
+
+def first_layers(model: Any, tokenizer: Any, layers: int, folder: Path) -> Path:
+    """A folder with a model of the first layers of this one, and the same embeddings, head and tokenizer."""
+    if not 1 <= layers <= len(model.model.layers):
+        raise ThriftError(f"--draft-layers takes 1 to {len(model.model.layers)} of this model's layers, not {layers}")
+    if not folder.exists():
+        whole, model.model.layers = model.model.layers, model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        finally:
+            model.model.layers = whole
+            model.config.num_hidden_layers = len(whole)
+    return folder
 
 
 def groups(prompts: list[Any], size: int) -> Iterator[list[Any]]:
@@ -261,10 +304,10 @@ def report(rows: Rows, ways: list[str], ids: list[str], settings: dict[str, Any]
                     print(f"| {start} | {times} | {speed} | {r['forwards']} | {r['equal']:.1%} |")
 
 
-def profile(model: Any, batches: list[Any], options: dict[str, Any], plans: list[str]) -> None:
-    """Where the time outside the model's forwards goes, plan by plan, over one prompt of every kind.
+def profile(model: Any, batches: list[Any], options: dict[str, Any], ways: dict[str, Any], details: bool) -> None:
+    """Where the time outside the model's forwards goes, over one prompt of every kind.
 
-    Drafting counts as time outside, unless it runs the model itself.
+    Drafting counts as time outside, unless it runs the model itself; setting ``generate`` up counts, too.
     """
     inside = 0.0
     forward = model.forward
@@ -278,21 +321,28 @@ def profile(model: Any, batches: list[Any], options: dict[str, Any], plans: list
             inside += perf_counter() - start
 
     timed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    for plan in (None, *plans):
+    print("| way | seconds | outside forwards | share | drafting | share |\n|---|--:|--:|--:|--:|--:|")
+    for name, (way, extra) in ways.items():
         inside, total, model.forward = 0.0, 0.0, timed
         try:
-            with tt.apply(plan, model):
+            with way() as session:
                 for inputs in batches:
                     start = perf_counter()
-                    model.generate(**inputs, **options)
+                    model.generate(**inputs, **options, **extra)
                     total += perf_counter() - start
         finally:
             del model.forward
-        print(f"{plan or PLAIN}: {total:.2f} s, outside forwards {total - inside:.3f} s = {1 - inside / total:.1%}")
-    for plan in plans:
-        print(f"\n{plan}")
-        with tt.apply(plan, model), cProfile.Profile() as profiler:
-            model.generate(**batches[0], **options)
+        record = getattr(session, "records", {}).get("decode")
+        drafting = record.extra["draft_seconds"] if record else 0.0
+        outside = total - inside
+        print(
+            f"| {quoted(name)} | {total:.2f} | {outside:.3f} | {outside / total:.1%} "
+            f"| {drafting:.3f} | {drafting / total:.1%} |"
+        )
+    for name, (way, extra) in ways.items() if details else ():
+        print(f"\n{name}")
+        with way(), cProfile.Profile() as profiler:
+            model.generate(**batches[0], **options, **extra)
         pstats.Stats(profiler).sort_stats("tottime").print_stats("tokenthrift|generation/utils|argmax|tolist|cat", 15)
 
 

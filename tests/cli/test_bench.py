@@ -85,6 +85,29 @@ def test_bad_requests(capsys: pytest.CaptureFixture[str], model: str, tmp_path: 
     assert "cannot write" in refused(capsys, "bench", "--model", model, "--out", str(empty / "x"))
 
 
+def test_suites_of_questions(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ("--model", model, "--plans", "cache=knorm(budget=40)", "--out", str(out))
+    args = ("bench", *common, "--suite", "needle", "--lengths", "250, 300", "--depths", "0,33.3")
+    code, stdout, _ = call(capsys, *args, "--json")
+    assert code == 0
+    [section] = json.loads(stdout)["sections"]
+    assert (section["grids"][0]["rows"], section["grids"][0]["columns"]) == (["0%", "33.3%"], ["250", "300"])
+    assert {f.name for f in out.iterdir()} == {"plan.yaml", "report.html", "results.jsonl", "scores.md"}
+    code, stdout, _ = call(capsys, *args)  # all rows are there, so this is quick
+    assert code == 0
+    assert "score" in stdout and "250" in stdout
+
+    needle, ruler = ("bench", *common, "--suite", "needle"), ("bench", *common, "--suite", "ruler")
+    assert "--lengths takes numbers with commas" in refused(capsys, *needle, "--lengths", "1k")
+    assert "whole numbers of tokens" in refused(capsys, *needle, "--lengths", "512.5")
+    assert "whole numbers of tokens" in refused(capsys, *needle, "--lengths", "inf,nan")
+    assert "beyond the 2,048 tokens" in refused(capsys, *needle, "--lengths", "4096")
+    assert "percentages from 0 to 100" in refused(capsys, *needle, "--depths", "0,120")
+    assert "did you mean 'variables'" in refused(capsys, *ruler, "--tasks", "variable")
+    assert "of the suites needle and ruler" in refused(capsys, "bench", *common, "--samples", "2")
+
+
 def test_prompt_beyond_the_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small = save_tiny(tmp_path / "small", context=128)
     data = tmp_path / "long.jsonl"

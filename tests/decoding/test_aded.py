@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.decoding.aded import Aded, AdedDrafter, _tables, _within
+from tokenthrift.decoding.aded import Aded, AdedDrafter, _within
+from tokenthrift.decoding.protocols import _shared
 from tokenthrift.decoding.tree_search import search
 from tokenthrift.decoding.trigrams import Trigrams, corpus_of, shares
 
@@ -238,7 +239,7 @@ def test_the_table_is_kept_between_requests_if_asked(llama, prompts):
     ids = torch.tensor([prompts(0), prompts(1)])
     with tt.apply("decode=aded()", llama):
         llama.generate(ids, do_sample=False, max_new_tokens=20)
-    table = _tables[llama][None]
+    table = _shared[llama]["aded", None]
     seen = {pair: dict(row) for pair, row in table.seen.items()}
     assert seen
     with tt.apply("decode=aded(share=False)", llama):

@@ -509,6 +509,11 @@ def test_what_cannot_be_drafted_is_refused_in_one_line(llama, prompts, custom, o
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_prompt_is_refused(llama, custom):
+    with pytest.raises(ThriftError, match="empty"):
+        llama.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4, custom_generate=custom(LOOKUP))
+
+
 def test_recurrent_states_are_refused(qwen3_next, prompts, custom):
     with pytest.raises(ThriftError, match=r"rolled back.*LinearAttentionLayer"):
         qwen3_next.generate(ids_of(prompts(0)), max_new_tokens=4, custom_generate=custom(LOOKUP))

@@ -9,7 +9,8 @@ import torch
 
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.decoding.draft import Draft
-from tokenthrift.decoding.goose import Goose, GooseDrafter, _successors
+from tokenthrift.decoding.goose import Goose, GooseDrafter
+from tokenthrift.decoding.protocols import _shared
 from tokenthrift.decoding.spine import Copies, Successors
 from tokenthrift.decoding.spine_tree import grow
 
@@ -143,7 +144,7 @@ def test_successors_are_kept_between_requests_if_asked(llama, prompts):
     ids = torch.tensor([prompts(0), prompts(1)])
     with tt.apply("decode=goose()", llama):
         llama.generate(ids, do_sample=False, max_new_tokens=20)
-    table = _successors[llama][10]
+    table = _shared[llama]["goose", 10]
     assert table(None, int(ids[0, -1]))
     pairs = len(table._after_pair)
     with tt.apply("decode=goose(share=False)", llama):

@@ -8,7 +8,8 @@ import torch
 
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.decoding.draft import Draft
-from tokenthrift.decoding.token_recycling import RecyclingDrafter, Successors, TokenRecycling, _matrices
+from tokenthrift.decoding.protocols import _shared
+from tokenthrift.decoding.token_recycling import RecyclingDrafter, Successors, TokenRecycling
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoding" / "token_recycling.npz"
 
@@ -95,11 +96,11 @@ def test_generation_is_exact_and_learns_for_later_requests(llama, prompts):
             assert llama.generate(ids, do_sample=False, max_new_tokens=60).tolist() == plain.tolist()
         assert session.records["decode"].tokens_after < 60
         assert session.records["decode"].extra["accepted"] > 0
-    learned = _matrices[llama][8].table.clone()
+    learned = _shared[llama]["token_recycling", 8].table.clone()
     assert (learned >= 0).any()
     with tt.apply("decode=token_recycling(share=False)", llama):
         llama.generate(ids.flip(1), do_sample=False, max_new_tokens=60)
-    assert torch.equal(_matrices[llama][8].table, learned)
+    assert torch.equal(_shared[llama]["token_recycling", 8].table, learned)
 
 
 def test_the_best_tree_follows_the_measured_ranks():

@@ -51,6 +51,8 @@ class LanguageBench:
 
     def _continuation(self, case: Case) -> list[int]:
         """The held-back text; for a user's prompt, what the unmodified model itself writes next."""
+        if case.expected:
+            return self._ids(case.probes[0].answer)
         if case.kind != "prompt":
             return self._ids(case.continuation)
         prompt = self._encode(case, case.context)
@@ -77,11 +79,15 @@ class LanguageBench:
                 "ttft_s": first_at - start,
                 "kv_bytes": cache_bytes(cache),
             }
-            if probes:
+            if case.expected:
+                recall, logits = self._recall(cache, first, case, probes)
+                row |= {**recall, "seconds": row["ttft_s"] + recall["answer_s"]}
+                row |= {**self._fidelity(case, reference, logits), "logits": logits}
+            elif probes:
                 row["scores"] = [[p.task, self._score(cache, first, p)] for p in case.probes]
             if compressed is not None:
                 row["kept"] = [list(map(int, span)) for span in compressed.kept]
-            if reference.continuation:
+            if reference.continuation and not case.expected:
                 logits = self._follow(cache, first, reference.continuation)
                 row |= self._fidelity(case, reference, logits)
                 row["logits"] = logits
@@ -99,6 +105,47 @@ class LanguageBench:
             found["nats"] = metrics.nats_per_token(logits, tokens)
             found["continuation"] = metrics.hits(logits, tokens)
         return found
+
+    def _recall(self, cache: Any, first: Tensor, case: Case, write: bool) -> tuple[dict[str, Any], Tensor]:
+        """The answer by teacher forcing and, with ``write``, by free greedy decoding; and the former's logits.
+
+        Both take one token at a time, as decoding does, so that plans which act while decoding act here too.
+        """
+        [probe] = case.probes
+        if probe.lead:
+            lead = self._ids(probe.lead)
+            first = self.model(self._tensor(lead), past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+        answer, followed = self._ids(probe.answer), [first]
+        spare = copy.deepcopy(cache) if write else cache
+        start = self._now()
+        for token in answer[:-1]:
+            followed.append(self.model(self._tensor([token]), past_key_values=spare).logits[0, -1:])
+        seconds = self._now() - start
+        logits, tokens = torch.cat(followed), torch.tensor(answer, device=first.device)
+        row: dict[str, Any] = {
+            "answer_s": seconds,
+            "decode_ms": 1e3 * seconds / max(len(answer) - 1, 1),
+            "hits": metrics.hits(logits, tokens),
+            "probability": metrics.probability(logits, tokens),
+        }
+        if write:
+            row["text"] = probe.answer if row["hits"] == 1 else self._write(cache, first, case)
+            row["recall"] = metrics.recall(row["text"], case.expected)
+            row["scores"] = [[probe.task, row[case.score]]]
+        return row, logits
+
+    def _write(self, cache: Any, first: Tensor, case: Case) -> str:
+        """What greedy decoding writes; no more of it than finds all that is expected."""
+        written: list[int] = []
+        text, logits = "", first
+        while len(written) < case.new_tokens and metrics.recall(text, case.expected) < 1:
+            token = int(logits.argmax())
+            if token in self._stops:
+                break
+            written.append(token)
+            text = self.tokenizer.decode(written)
+            logits = self.model(self._tensor([token]), past_key_values=cache).logits[0, -1:]
+        return text
 
     def _score(self, cache: Any, first: Tensor, probe: Probe) -> float:
         lead, answer = self._ids(probe.lead), self._ids(probe.answer)
@@ -169,6 +216,11 @@ class LanguageBench:
     @property
     def _never(self) -> int:
         return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
+    @property
+    def _stops(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
 
     def _shorten(self, session: Session, plan: Plan, case: Case) -> tuple[list[int], Any]:
         """The prompt's tokens, after the plan's text stage if it has one, and what that stage returned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,16 @@ def nats_per_token(logits: Tensor, tokens: Tensor) -> float:
 def hits(logits: Tensor, tokens: Tensor) -> float:
     """Share of ``tokens`` that are the most likely ones; 1.0 is what greedy decoding would have written verbatim."""
     return float((logits.argmax(-1) == tokens).to(torch.float32).mean())
+
+
+def probability(logits: Tensor, tokens: Tensor) -> float:
+    """Geometric mean of the probabilities of ``tokens`` ``(positions,)``: 1.0 for a model that is sure of them."""
+    return math.exp(-nats_per_token(logits, tokens))
+
+
+def recall(text: str, expected: Sequence[str]) -> float:
+    """Share of the expected strings that the text has, in either case."""
+    return sum(string.lower() in text.lower() for string in expected) / len(expected)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> float:

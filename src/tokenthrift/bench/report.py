@@ -10,6 +10,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
+from . import needle, ruler
+from .grids import Grid, markdown, overview
 from .summary import PlanResult
 from .tasks import TASKS
 
@@ -75,18 +77,18 @@ def table(section: Section, narrow: bool = False) -> Table:
             "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
             "TTFT s": lambda r: number(r.ttft_s, 2),
             "ms/tok": lambda r: number(r.decode_ms, 0),
-            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
-            "KV": lambda r: f"{number(r.kv_ratio, 2)}×",
-            "time": lambda r: f"{number(r.time_ratio, 2)}×",
-            "cost": lambda r: f"{number(r.cost, 2)}×",
+            "FLOPs": lambda r: number(r.flops_ratio, 2, "×"),
+            "KV": lambda r: number(r.kv_ratio, 2, "×"),
+            "time": lambda r: number(r.time_ratio, 2, "×"),
+            "cost": lambda r: number(r.cost, 2, "×"),
         }
     else:
         columns |= {
             "CLS cos": lambda r: number(r.cls, 4),
             "patch cos": lambda r: number(r.patches, 4),
             "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
-            "FLOPs": lambda r: f"{number(r.flops_ratio, 2)}×",
-            "time": lambda r: f"{number(r.time_ratio, 2)}×",
+            "FLOPs": lambda r: number(r.flops_ratio, 2, "×"),
+            "time": lambda r: number(r.time_ratio, 2, "×"),
         }
     if narrow:
         columns = {name: show for name, show in columns.items() if name in ("loss", "KV", "FLOPs", "time")}
@@ -102,6 +104,23 @@ def table(section: Section, narrow: bool = False) -> Table:
         style = "bold green" if r.recommended else "" if r.pareto else "dim"
         cells = [show(r) for show in columns.values()]
         shown.add_row(mark, escape(r.name), *cells, style=style)
+    return shown
+
+
+def overview_table(section: Section) -> Table | None:
+    """Scores of suites of questions, by length or by task; None for other suites."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not section.grids:
+        return None
+    heads, lines = overview(section.grids)
+    shown = Table(padding=(0, 1))
+    shown.add_column("score", overflow="fold", min_width=24)
+    for head in heads:
+        shown.add_column(head.replace("_", "\n"), justify="right")
+    for grid, values in lines:
+        shown.add_row(escape(grid.name), *(number(value, 2) for value in values))
     return shown
 
 
@@ -166,6 +185,16 @@ def plan_yaml(section: Section, result: BenchResult, name: str = "plan.yaml") ->
     return "\n".join(f"# {line}" for line in lines) + "\n" + Plan.parse(best.plan).to_yaml()
 
 
+# ---- scores.md ------------------------------------------------------------------------------------------------------
+
+
+def write_scores(result: BenchResult) -> None:
+    """scores.md for suites of questions: an overview, then a table a plan."""
+    text = "\n".join(markdown(s.grids, result.note) for s in result.sections if s.grids)
+    if text:
+        (result.out / "scores.md").write_text(text, encoding="utf-8")
+
+
 # ---- report.html ----------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +211,10 @@ def render(result: BenchResult) -> str:
     page.filters |= {"num": number, "pct": percent, "size": size, "signed": signed}
     template = files("tokenthrift.bench").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     sections = [_section(section, result) for section in result.sections]
-    return page.from_string(template).render(result=result, sections=sections, tasks=TASKS, span=span)
+    measured = {task for section in sections for task in section["tasks"]}
+    meanings = TASKS if not any(s["grids"] for s in sections) else needle.MEANING | ruler.MEANING
+    tasks = {name: meaning for name, meaning in meanings.items() if meanings is TASKS or name in measured}
+    return page.from_string(template).render(result=result, sections=sections, tasks=tasks, span=span)
 
 
 def _section(section: Section, result: BenchResult) -> dict[str, Any]:
@@ -201,6 +233,7 @@ def _section(section: Section, result: BenchResult) -> dict[str, Any]:
         "results": list(enumerate(section.results)),
         "tasks": list(dict.fromkeys(t for r in section.results for t in r.tasks)),
         "plots": [(svg, caption) for svg, caption in plots if svg],
+        "grids": [(heat_map(grid), grid.name) for grid in section.grids],
         "texts": _texts(section, result.rows),
         "pictures": _pictures(section),
         "methods": methods_of(section.results),
@@ -213,52 +246,91 @@ def methods_of(results: Sequence[PlanResult]) -> list[Any]:
     return list({step.name: step.info for step in steps}.values())
 
 
+INK, ACCENT, FAINT = "#010203", "#040506", "#070809"
+_COLOURS = {INK: "var(--ink)", ACCENT: "var(--accent)", FAINT: "var(--faint)"}
+"""Stand-ins, which become the page's own colours, so that dark mode works."""
+
+
 def plot(results: Sequence[PlanResult], cost: str) -> str:
     """Inline SVG: plans by their number, the front joined. Its colours are the page's, so dark mode works."""
-    import matplotlib
-
     points = [(i, getattr(r, cost), max(r.loss, 0.0), r) for i, r in enumerate(results)]
     points = [p for p in points if p[1] == p[1] and p[2] == p[2]]
     if len(points) < 2:
         return ""
-    ink, accent, faint = "#010203", "#040506", "#070809"  # stand-ins, replaced by CSS variables below
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": cost}):
+    with _drawing(cost):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.2, 4.0), layout="constrained")
         axes = figure.add_subplot()
         front = _front([(x, y) for _, x, y, _ in points])
-        axes.step(*zip(*front, strict=True), where="post", color=accent, linewidth=1.5, alpha=0.6, zorder=1)
+        axes.step(*zip(*front, strict=True), where="post", color=ACCENT, linewidth=1.5, alpha=0.6, zorder=1)
         x_range = max(p[1] for p in points) - min(p[1] for p in points) or 1.0
         y_range = max(p[2] for p in points) - min(p[2] for p in points) or 1.0
         placed: list[tuple[float, float]] = []
         for i, x, y, r in points:
-            color = accent if (x, y) in front else faint
+            color = ACCENT if (x, y) in front else FAINT
             axes.scatter(x, y, s=44, color=color, zorder=2, linewidths=0)
             if r.recommended:
-                axes.scatter(x, y, s=190, facecolors="none", edgecolors=accent, linewidths=1.6, zorder=2)
+                axes.scatter(x, y, s=190, facecolors="none", edgecolors=ACCENT, linewidths=1.6, zorder=2)
             # Numbers of plans that lie nearly on one spot stand beside each other.
             near = sum(abs(x - a) / x_range < 0.04 and abs(y - b) / y_range < 0.05 for a, b in placed)
             placed.append((x, y))
-            weight = "bold" if color == accent else "normal"
+            weight = "bold" if color == ACCENT else "normal"
             offset = (7 + 17 * near, 6)
-            axes.annotate(str(i), (x, y), offset, textcoords="offset points", color=ink, fontsize=11, fontweight=weight)
+            axes.annotate(str(i), (x, y), offset, textcoords="offset points", color=INK, fontsize=11, fontweight=weight)
         labels = {"time_ratio": "end-to-end time", "kv_ratio": "KV cache bytes", "flops_ratio": "FLOPs"}
-        axes.set_xlabel(f"{labels[cost]}, relative to the unmodified model", color=ink)
-        axes.set_ylabel("quality loss", color=ink)
+        axes.set_xlabel(f"{labels[cost]}, relative to the unmodified model", color=INK)
+        axes.set_ylabel("quality loss", color=INK)
         axes.margins(0.12)
         top = max(p[2] for p in points) or 0.01
         axes.set_ylim(-0.08 * top, 1.15 * top)
         axes.set_yticks([t for t in axes.get_yticks() if 0 <= t <= 1.15 * top])
-        axes.axvline(1, color=faint, linewidth=0.8, linestyle=":", zorder=0)
-        axes.tick_params(colors=ink, length=0)
-        axes.grid(color=faint, alpha=0.25, linewidth=0.6)
+        axes.axvline(1, color=FAINT, linewidth=0.8, linestyle=":", zorder=0)
+        axes.tick_params(colors=INK, length=0)
+        axes.grid(color=FAINT, alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        return _svg(figure)
+
+
+def heat_map(grid: Grid) -> str:
+    """Inline SVG: a cell a row and column, the fuller the better, with its score."""
+    with _drawing(grid.name):
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        wide, high = len(grid.columns), len(grid.rows)
+        figure = Figure(figsize=(1.5 + max(0.62 * wide, 2.6), 0.75 + 0.34 * high), layout="constrained")
+        axes = figure.add_subplot()
+        for y, row in enumerate(grid.scores):
+            for x, score in enumerate(row):
+                known = 0.0 if score is None else min(max(score, 0.0), 1.0)
+                alpha = 0.04 + 0.5 * known  # pale enough to read the number, on light pages and dark ones
+                axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=ACCENT, alpha=alpha, linewidth=0))
+                axes.text(x, y, number(score, 2), ha="center", va="center", color=INK, fontsize=10)
+        axes.set_xlim(-0.5, wide - 0.5)
+        axes.set_ylim(high - 0.5, -0.5)
+        axes.set_xticks(range(wide), [f"{int(c):,}" for c in grid.columns])
+        axes.set_yticks(range(high), [r.replace("_", " ") for r in grid.rows])
+        axes.set_xlabel("tokens in the prompt", color=INK)
+        if grid.by_depth:
+            axes.set_ylabel("depth", color=INK)
+        axes.tick_params(colors=INK, length=0)
+        axes.spines[:].set_visible(False)
+        return _svg(figure)
+
+
+def _drawing(salt: str) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context({"svg.fonttype": "none", "font.size": 11, "svg.hashsalt": salt})
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Names of XML namespaces look like addresses; a page with inline SVG does not need them.
@@ -266,8 +338,7 @@ def plot(results: Sequence[PlanResult], cost: str) -> str:
     head = re.sub(r'\s+(xmlns(:\w+)?|width|height)="[^"]*"', "", head)  # the width is the page's
     svg = f"{head}>{rest}"
     svg = svg.replace("xlink:href", "href")
-    colours = {ink: "var(--ink)", accent: "var(--accent)", faint: "var(--faint)"}
-    for stand_in, variable in colours.items():
+    for stand_in, variable in _COLOURS.items():
         svg = svg.replace(stand_in, variable)
     return svg.replace("'sans-serif'", "inherit")
 

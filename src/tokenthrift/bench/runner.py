@@ -16,19 +16,21 @@ import transformers
 
 from .. import __version__
 from ..api import apply
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError
 from ..core.plan import Plan
 from ..models.decoder import context_length
 from . import plans as plan_sets
 from .data import Data, default_data, load_data, names
+from .grids import Grid, grids
 from .images import VisionBench
 from .language import LanguageBench, without_decode
 from .loading import LANGUAGE_MODEL, VISION_MODEL, Loaded, digest, load_model
 from .metrics import common_prefix
 from .progress import progress as show_progress
 from .store import Store
+from .suites import AnySuite, find_suite
 from .summary import PlanResult, summarise_language, summarise_vision
-from .tasks import SUITES, Case, Suite, build_cases
+from .tasks import Case, Suite
 
 # What a method that does not fit a model or an input may raise. Not OSError, MemoryError or an interrupt: those end it.
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
@@ -44,6 +46,7 @@ class Section:
     cases: list[Case] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
     runner: Any = None
+    grids: list[Grid] = field(default_factory=list)
 
     @property
     def best(self) -> PlanResult:
@@ -52,7 +55,9 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = {"kind": self.kind, "model": self.model, "recommended": self.best.name}
+        data: dict[str, Any] = {"kind": self.kind, "model": self.model, "recommended": self.best.name}
+        if self.grids:
+            data["grids"] = [asdict(grid) for grid in self.grids]
         return {**data, "plans": [r.to_dict() for r in self.results]}
 
 
@@ -70,6 +75,7 @@ class BenchResult:
     command: str
     date: str
     rows: list[dict[str, Any]]
+    note: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -94,7 +100,7 @@ def bench(
     model: Any = None,
     data: Sequence[str | Path] | str | Path | None = None,
     plans: Sequence[Plan | str | Mapping[str, Any]] | Plan | str | None = None,
-    suite: str | Suite = "quick",
+    suite: str | AnySuite = "quick",
     out: str | Path = "tokenthrift-bench",
     *,
     processor: Any = None,
@@ -104,6 +110,11 @@ def bench(
     fresh: bool = False,
     progress: bool = True,
     command: str | None = None,
+    lengths: Sequence[int] | None = None,
+    depths: Sequence[float] | None = None,
+    tasks: Sequence[str] | None = None,
+    samples: int | None = None,
+    question_later: bool | None = None,
 ) -> BenchResult:
     """Compare plans with the unmodified model on this model and this data; say which one to use.
 
@@ -112,22 +123,26 @@ def bench(
             packs, a language model and a vision encoder.
         data: the user's own files (see :func:`load_data`); None measures on text that comes with Python.
         plans: plan texts, plan objects or YAML files; None compares the default set.
-        suite: ``quick`` (minutes on two CPU cores) or ``full``.
+        suite: ``quick`` (minutes on two CPU cores) or ``full``; ``needle``, a grid of depths and lengths of one needle
+            in a haystack; ``ruler``, tasks like RULER's.
         out: folder for results.jsonl, plan.yaml and report.html; a run that was interrupted goes on there.
         max_quality_loss: how much quality the recommended plan may lose, see :class:`PlanResult`.
         repeats: timed repeats; the suite's own number when None.
         fresh: forget results that are already in ``out``.
+        lengths, depths, tasks, samples, question_later: what ``needle`` and ``ruler`` ask, see :class:`NeedleSuite` and
+            :class:`RulerSuite`; their defaults when None.
 
     Raises:
         ThriftError: anything in the request that cannot be measured, before the first minute of compute where possible.
     """
-    size = _suite(suite, repeats)
+    options = {"lengths": lengths, "depths": depths, "tasks": tasks, "samples": samples}
+    size = find_suite(suite, repeats, {**options, "question_later": question_later})
     if not 0 <= max_quality_loss <= 1:
         raise ThriftError(f"max quality loss {max_quality_loss} is outside 0 to 1; 0.02 allows 2 points of 100")
     out = Path(out)
     store = Store(out, fresh)
     chosen = None if plans is None else plan_sets.read_plans(_listed(plans))
-    found = default_data() if data is None else load_data(_listed(data))
+    found = size.usable(default_data() if data is None else load_data(_listed(data)))
 
     jobs = []
     for name in [model] if model is not None else _default_models(chosen, found):
@@ -164,10 +179,12 @@ def bench(
         command=command or _command(model, data, plans, size, out, max_quality_loss, seed, repeats),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         rows=list(store.rows.values()),
+        note=size.note,
     )
-    from .report import write_plans, write_report
+    from .report import write_plans, write_report, write_scores
 
     write_plans(result)
+    write_scores(result)
     write_report(result)
     return result
 
@@ -177,7 +194,7 @@ class Job:
 
     kind = ""
 
-    def __init__(self, loaded: Loaded, plans: list[Plan], data: Data, suite: Suite, seed: int) -> None:
+    def __init__(self, loaded: Loaded, plans: list[Plan], data: Data, suite: AnySuite, seed: int) -> None:
         self.loaded, self.label, self.model = loaded, loaded.label, loaded.model
         self.plans, self.suite, self.seed = plans, suite, seed
         self.everything = [Plan(), *plans]
@@ -225,7 +242,7 @@ class LanguageJob(Job):
             raise ThriftError(f"{self.label} is a language model: pass its tokenizer as processor=")
         if data.images and not (data.documents or data.prompts):
             raise ThriftError(f"{self.label} reads text, not images: give text, Markdown or JSONL files")
-        self.cases = build_cases(data, processor, self.suite, self.seed, context_length(self.model))
+        self.cases = self.suite.cases(data, processor, self.seed, context_length(self.model))
         self.runner = LanguageBench(self.model, processor)
         # The decode stage changes no distribution: plans that differ in it only share their quality rows.
         quality: dict[Plan, Plan] = {}  # equal plans may be written differently: rows bear the name of the first
@@ -266,7 +283,8 @@ class LanguageJob(Job):
                 row["same_output"] = common_prefix(row["generated"], twin["generated"])
         pairs = [(str(plan), str(self.measured[plan])) for plan in self.everything]
         results = summarise_language(rows, pairs, self.seed, max_loss)
-        return Section("language", self.label, results, cases=self.cases, runner=self.runner)
+        found = grids(rows, self.cases, pairs)
+        return Section("language", self.label, results, cases=self.cases, runner=self.runner, grids=found)
 
 
 class VisionJob(Job):
@@ -275,6 +293,10 @@ class VisionJob(Job):
     kind = "vision"
 
     def prepare(self, processor: Any, data: Data) -> None:
+        if not isinstance(self.suite, Suite):
+            raise ThriftError(
+                f"the suite '{self.suite.name}' asks about texts, {self.label} reads images: use --suite quick"
+            )
         if processor is None:
             raise ThriftError(f"{self.label} is a vision model: pass its image processor as processor=")
         if not data.images:
@@ -304,16 +326,6 @@ class VisionJob(Job):
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _suite(suite: str | Suite, repeats: int | None) -> Suite:
-    if isinstance(suite, str):
-        if suite not in SUITES:
-            raise ThriftError(f"unknown suite '{suite}': {did_you_mean(suite, SUITES)}")
-        suite = SUITES[suite]
-    if repeats is not None and repeats < 1:
-        raise ThriftError(f"repeats must be at least 1, not {repeats}")
-    return suite if repeats is None else replace(suite, repeats=repeats)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -360,7 +372,7 @@ def _processor() -> str:
 
 
 def _command(
-    model: Any, data: Any, plans: Any, suite: Suite, out: Path, max_loss: float, seed: int, repeats: int | None
+    model: Any, data: Any, plans: Any, suite: AnySuite, out: Path, max_loss: float, seed: int, repeats: int | None
 ) -> str:
     """The command line that does the same as this call."""
     import shlex
@@ -371,7 +383,7 @@ def _command(
     for flag, values in (("--data", data), ("--plans", plans)):
         for value in [] if values is None else _listed(values):
             words += [flag, str(value)]
-    words += ["--suite", suite.name, "--max-quality-loss", str(max_loss), "--seed", str(seed)]
+    words += ["--suite", suite.name, *suite.flags(), "--max-quality-loss", str(max_loss), "--seed", str(seed)]
     if repeats is not None:
         words += ["--repeats", str(repeats)]
     return shlex.join([*words, "--out", str(out)])

@@ -98,7 +98,11 @@ def summarise_language(rows: Rows, plans: Sequence[tuple[str, str]], seed: int, 
         results.append(result)
         if not result.error:
             _fill_quality(result, quality[measured], quality[""], seed)
-            _fill_speed(result, speed[plan], speed[""])
+            if speed[""]:
+                _fill_speed(result, speed[plan], speed[""])
+            else:  # suites of questions time the prompt and its answer, which is as long for all plans
+                answered = [{c: [r] for c, r in quality[p].items() if "seconds" in r} for p in (measured, "")]
+                _fill_speed(result, *answered)
             if "decode" in plan and result.exact == result.exact:
                 result.loss = max(result.loss, 1 - result.exact)
             result.cost = sqrt(result.time_ratio * result.kv_ratio)
@@ -147,7 +151,8 @@ def _fill_speed(result: PlanResult, rows: dict[str, list[Any]], base: dict[str, 
     seconds = {c: median(r["seconds"] for r in rows[c]) for c in shared}
     result.seconds = _mean(list(seconds.values()))
     result.time_ratio = _ratio(sum(seconds.values()), sum(median(r["seconds"] for r in base[c]) for c in shared))
-    result.flops_ratio = _ratio(sum(rows[c][0]["flops"] for c in shared), sum(base[c][0]["flops"] for c in shared))
+    if all("flops" in r[c][0] for r in (rows, base) for c in shared):
+        result.flops_ratio = _ratio(sum(rows[c][0]["flops"] for c in shared), sum(base[c][0]["flops"] for c in shared))
     result.same_output = _mean([r["same_output"] for c in shared for r in rows[c] if "same_output" in r])
     result.exact = _mean([r["exact"] for c in shared for r in rows[c] if "exact" in r])
 

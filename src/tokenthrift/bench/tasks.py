@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.errors import ThriftError
 from .data import Data, Document
@@ -30,6 +30,20 @@ class Suite:
     generation_tokens: int
     new_tokens: int
     repeats: int
+
+    note: ClassVar[str] = ""
+
+    def cases(self, data: Data, tokenizer: Any, seed: int, limit: int | None) -> list[Case]:
+        """See :func:`build_cases`."""
+        return build_cases(data, tokenizer, self, seed, limit)
+
+    def usable(self, data: Data) -> Data:
+        """The part of the data that the suite can measure on."""
+        return data
+
+    def flags(self) -> list[str]:
+        """Words of a command line that make this suite out of the one with its name."""
+        return []
 
 
 SUITES = {
@@ -55,8 +69,10 @@ class Probe:
 class Case:
     """One prompt: ``context`` (what a text stage may shorten) then ``question``; then what is asked of the model.
 
-    ``kind`` is ``document``, ``lookup``, ``prompt`` (the user's own) or ``generation`` (timed, with ``new_tokens``).
-    A ``prompt`` without continuation is compared on what the unmodified model itself says next.
+    ``kind`` is ``document``, ``lookup``, ``prompt`` (the user's own) or ``generation`` (timed, with ``new_tokens``); a
+    ``prompt`` without continuation is compared on what the unmodified model itself says next. Else it is the task of a
+    suite of questions: there is one probe, strings are ``expected`` in what the model writes, ``score`` (``recall`` or
+    ``probability``) ranks the plans, and ``cell`` is the row and column in a table of scores.
     """
 
     id: str
@@ -67,6 +83,10 @@ class Case:
     probes: tuple[Probe, ...] = ()
     new_tokens: int = 0
     chat: bool = False
+    # Not in the text by which a run knows its cases again: all of it follows from the above, for older runs too.
+    expected: tuple[str, ...] = field(default=(), repr=False)
+    score: str = field(default="", repr=False)
+    cell: tuple[str, str] = field(default=("", ""), repr=False)
 
 
 TASKS = {
@@ -77,7 +97,7 @@ TASKS = {
 }
 """What the scores mean; all lie between 0 and 1."""
 
-_PLACES = (
+PLACES = (
     "Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Cairo", "Lima", "Dublin", "Kyoto", "Geneva", "Havana", "Tunis",
     "Riga", "Perth", "Accra", "Manila", "Sofia", "Dakar", "Austin", "Bergen",
 )  # fmt: skip
@@ -186,7 +206,7 @@ def _lookups(data: Data, ends: Ends, suite: Suite, rng: random.Random, room: int
 def lookup(name: str, text: str, rng: random.Random, records: int = 4) -> Case:
     """Hide ``records`` codes between the lines of a text and ask for one of them."""
     lines = text.split("\n")
-    places = rng.sample(_PLACES, records)
+    places = rng.sample(PLACES, records)
     codes = [str(n) for n in rng.sample(range(10000, 100000), records)]
     spots = sorted((rng.randrange(1, max(len(lines), 2)) for _ in range(records)), reverse=True)
     for spot, place, code in zip(spots, places, codes, strict=True):

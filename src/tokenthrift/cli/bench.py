@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,7 +34,13 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    suite: Annotated[str, typer.Option(help="quick (minutes on two CPU cores) or full.")] = "quick",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="quick (minutes on two CPU cores) or full; needle (a grid of depths and lengths of one needle in a "
+            "haystack) or ruler (tasks like RULER's)."
+        ),
+    ] = "quick",
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, plan.yaml and report.html.")] = Path(
         "tokenthrift-bench"
     ),
@@ -45,6 +51,28 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(help="Timed repeats; by default the suite's.", show_default=False)
     ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="needle, ruler: tokens in the prompts, such as 1024,2048.", show_default=False),
+    ] = None,
+    depths: Annotated[
+        str | None,
+        typer.Option(help="needle: where it lies, in percent of the text, such as 0,50,100.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="ruler: tasks, such as single_needle,key_value.", show_default=False)
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="needle, ruler: cases in every cell of the tables.", show_default=False)
+    ] = None,
+    question_later: Annotated[
+        bool | None,
+        typer.Option(
+            "--question-later",
+            help="needle, ruler: ask when the prompt has been reduced already, as when a cache serves many questions.",
+            show_default=False,
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; forget results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the table.")] = False,
 ) -> None:
@@ -52,7 +80,7 @@ def bench(
 
     A run that is interrupted goes on where it stopped when the same command is given again.
     """
-    from ..bench.report import caution, headline, table
+    from ..bench.report import caution, headline, overview_table, table
     from ..bench.runner import bench as run_bench
 
     try:
@@ -66,6 +94,11 @@ def bench(
             seed=seed,
             repeats=repeats,
             fresh=fresh,
+            lengths=None if lengths is None else _numbers("--lengths", lengths),
+            depths=None if depths is None else _numbers("--depths", depths),
+            tasks=None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+            samples=samples,
+            question_later=question_later,
             command=shlex.join(["tokenthrift", *sys.argv[1:]]) if sys.argv[1:2] == ["bench"] else None,
         )
     except KeyboardInterrupt:
@@ -82,9 +115,22 @@ def bench(
         console = Console(width=132)  # a file or a pipe has no width
     for section in result.sections:
         console.print(table(section, narrow=console.width < 120))
+        if scores := overview_table(section):
+            console.print(scores)
         console.print("★ recommended  • on the Pareto front", style="dim")
         console.print(headline(section, max_quality_loss), style="bold", markup=False)
         if warning := caution(section, max_quality_loss):
             console.print(warning, style="yellow", markup=False)
         console.print()
     console.print(f"report {result.out / 'report.html'}   plan {result.out / 'plan.yaml'}", markup=False)
+
+
+def _numbers(option: str, text: str) -> list[Any]:
+    """Numbers with commas between them; whole ones stay whole."""
+    from ..core.errors import ThriftError
+
+    try:
+        found = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ThriftError(f"{option} takes numbers with commas between them, not '{text}'") from None
+    return [int(n) if n.is_integer() else n for n in found]

@@ -17,9 +17,10 @@ class View:
     part             stages                             meaning
     ================ ================================== ==========================================================
     ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``
-    ``keys``         vision cache                       ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
-    ``values``       cache                              ``(batch, kv_heads, tokens, head_dim)``
-    ``queries``      cache                              ``(batch, heads, tokens, head_dim)`` of the same forward
+    ``keys``         vision cache attention             ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
+    ``values``       cache attention                    ``(batch, kv_heads, tokens, head_dim)``
+    ``queries``      cache attention                    ``(batch, heads, tokens, head_dim)`` of the same forward: one
+                                                        token at the attention stage
     ``attention``    vision cache                       function ``rows -> (batch, heads, rows, tokens)``: softmax
                                                         attention of the last (cache) or given (vision) query rows
     ``received``     cache                              ``(batch, kv_heads, tokens)``, attention from all queries so
@@ -28,10 +29,11 @@ class View:
     ``again``        cache                              whether what an earlier call kept is reduced once more; the
                                                         tokens are then cache entries, and there are no ``queries``,
                                                         ``rotary`` and ``positions``
-    ``scaling``      cache                              factor on ``q·k`` in the layer's attention
+    ``scaling``      cache attention                    factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions
-    ``mask``         all                                ``(batch, tokens)`` bool, true = real, false = padding
+    ``mask``         all                                ``(batch, tokens)`` bool, true = real, false = padding; None at
+                                                        the attention stage where nothing is padding
     ``protected``    all                                ``(batch, tokens)`` bool, tokens that must survive
     ``positions``    all                                ``(batch, tokens)`` int64
     ``sizes``        vision                             ``(batch, tokens)``, original tokens in each token
@@ -40,7 +42,10 @@ class View:
     ``tokens``       vision                             tokens at the start of the forward, the prefix included
     ``segments``     vision                             ``(batch, tokens)`` int64, of texts: the number of the
                                                         identifier that a token belongs to
-    ``layer``        vision cache prefill               index of the layer; ``layers`` their number
+    ``layer``        vision cache prefill attention     index of the layer; ``layers`` their number. At the attention
+                                                        stage layers with a sliding window are not counted
+    ``memory``       attention                          dict, what the method remembers of this layer and cache
+    ``shared``       attention                          dict, the same for all layers of the cache
     ``text``         text                               the prompt; ``question`` what will be asked, or None
     ``scorer``       text                               a causal language model for self-information
     ``embedder``     text                               a sentence embedder

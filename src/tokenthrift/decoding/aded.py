@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..core.errors import ThriftError
 from ..core.method import method
@@ -72,13 +70,13 @@ class Aded:
 
     def start(self, tokens: Sequence[int], request: Request) -> AdedDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
-        known, path = _tables.setdefault(request.model, {}), self.corpus
-        table = known.get(path) if self.share else None
-        if table is None:
-            where = str(getattr(request.model.config, "_name_or_path", ""))
-            table = Trigrams(corpus_of(path, Path(path).stat().st_mtime, where) if path else None)
-            if self.share:
-                known[path] = table
+        path = self.corpus
+        where = str(getattr(request.model.config, "_name_or_path", ""))
+
+        def make() -> Trigrams:
+            return Trigrams(corpus_of(path, Path(path).stat().st_mtime, where) if path else None)
+
+        table = request.shared(("aded", path), make) if self.share else make()
         if self.prompt:
             table.look(tokens)
         return AdedDrafter(self, table, tokens)
@@ -151,7 +149,3 @@ def _within(paths: Sequence[tuple[int, ...]], nodes: int) -> list[tuple[int, ...
         total -= sizes[i]
         out.add(i)
     return [path for i, path in enumerate(kept) if i not in out]
-
-
-_tables: WeakKeyDictionary[Any, dict[str | None, Trigrams]] = WeakKeyDictionary()
-"""Of each model, for as long as it lives: by corpus."""

@@ -108,10 +108,10 @@ def speculate(
         ``(batch, tokens + committed)`` int64, or what plain decoding returns with ``return_dict_in_generate``.
 
     Raises:
-        ThriftError: beam search and other modes, a cache that cannot be rolled back or none, ``output_attentions`` or
-            ``output_hidden_states``, encoder-decoder models, several synchronised GPUs.
+        ThriftError: an empty prompt, beam search and other modes, a cache that cannot be rolled back or none,
+            ``output_attentions`` or ``output_hidden_states``, encoder-decoder models, several synchronised GPUs.
     """
-    _refuse(model, generation_config, synced_gpus, model_kwargs)
+    _refuse(model, input_ids, generation_config, synced_gpus, model_kwargs)
     batch, as_dict = input_ids.shape[0], generation_config.return_dict_in_generate
     stopper = Stopper(stopping_criteria, generation_config.max_length)
     sample = bool(generation_config.do_sample)
@@ -223,8 +223,12 @@ def _draft(
 _ROOM = 512  # columns that the text buffer has in advance
 
 
-def _refuse(model: Any, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
+def _refuse(
+    model: Any, input_ids: Tensor, config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> None:
     """Raise ThriftError for what cannot be decoded with drafts."""
+    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+        raise ThriftError("the prompt is empty: begin with a token, such as the beginning-of-sequence token")
     if model.config.is_encoder_decoder:
         raise ThriftError(f"drafts need a decoder-only model, {type(model).__name__} is an encoder-decoder")
     mode = config.get_generation_mode()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from functools import partial
 
 from torch import Tensor
 
@@ -61,10 +60,8 @@ class Goose:
 
     def start(self, tokens: Sequence[int], request: Request) -> GooseDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
-        if not self.share:
-            return GooseDrafter(self, Successors(self.k), tokens)
-        known = _successors.setdefault(request.model, {})
-        return GooseDrafter(self, known.setdefault(self.k, Successors(self.k)), tokens)
+        make = partial(Successors, self.k)
+        return GooseDrafter(self, request.shared(("goose", self.k), make) if self.share else make(), tokens)
 
 
 class GooseDrafter:
@@ -137,7 +134,3 @@ class GooseDrafter:
             beside = along[parent + 1] if parent + 1 < len(along) and parent < spine else 0.0
             chances.append((above - beside) * self.successors.calibration(scores[node]))
         return chances
-
-
-_successors: WeakKeyDictionary[Any, dict[int, Successors]] = WeakKeyDictionary()
-"""Of each model, for as long as it lives: by k."""

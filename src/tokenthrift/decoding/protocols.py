@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .draft import NOTHING, Draft
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class Request:
     sample: bool
     ends: frozenset[int]
     tokenizer: Any = None
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What requests of this model share under a key, for as long as the model lives; made for the first of them."""
+        known = _shared.setdefault(self.model, {})
+        if key not in known:
+            known[key] = make()
+        return cast("T", known[key])
+
+
+_shared: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
 
 class Drafter(Protocol):

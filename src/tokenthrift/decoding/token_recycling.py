@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -68,11 +67,8 @@ class TokenRecycling:
 
     def start(self, tokens: Sequence[int], request: Request) -> RecyclingDrafter:
         """The drafter of a sequence that begins with the prompt ``tokens``."""
-        matrix = _matrices.setdefault(request.model, {}).get(self.k) if self.share else None
-        if matrix is None:
-            matrix = Successors(int(request.model.config.get_text_config().vocab_size), self.k)
-            if self.share:
-                _matrices[request.model][self.k] = matrix
+        make = partial(Successors, int(request.model.config.get_text_config().vocab_size), self.k)
+        matrix = request.shared(("token_recycling", self.k), make) if self.share else make()
         if self.prompt:
             matrix.learn(tokens)
         return RecyclingDrafter(self, matrix, tokens)
@@ -171,7 +167,3 @@ class RecyclingDrafter:
                     chances.append(chance)
             level = following
         return Draft(tokens, parents, chances if self.method.adaptive else None, "recycling")
-
-
-_matrices: WeakKeyDictionary[Any, dict[int, Successors]] = WeakKeyDictionary()
-"""Of each model, for as long as it lives: by k."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from ..core.errors import ThriftError
 PREFIX = "tokenthrift_"
 BASES = ("sdpa", "eager")
 """Implementations that take the additive or boolean 4-D masks that reduced caches need."""
+EXOTIC = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that make them more than softmax attention with a mask."""
 
 
 class Watcher(Protocol):
@@ -46,7 +48,13 @@ class Attend(Protocol):
 
 
 class Run(Protocol):
-    """The model's own attention function."""
+    """The model's own attention function.
+
+    Attributes:
+        exotic: what it does besides softmax attention with a mask (sinks, capped logits), in words; else empty.
+    """
+
+    exotic: str
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """``(batch, heads, q, dim)``; ``key`` and ``value`` ``(batch, kv_heads, kv, dim)``."""
@@ -136,7 +144,8 @@ def _attention_over(base: str) -> Callable[..., Any]:
             def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
                 return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
 
-            return replaced(model_s, query, key, value, attention_mask, scaling).transpose(1, 2), None
+            model_s.exotic = ", ".join(name for name in EXOTIC if kwargs.get(name) is not None)  # type: ignore[attr-defined]
+            return replaced(cast("Run", model_s), query, key, value, attention_mask, scaling).transpose(1, 2), None
         if watcher is None:
             return run(module, query, key, value, attention_mask, **kwargs)
         mask = watcher.before(query, key, attention_mask)
@@ -181,4 +190,5 @@ class _ReplaceSDPA(TorchFunctionMode):
         def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return func(query, key, value, attn_mask=mask, scale=scaling, **rest)
 
-        return self.attend(model_s, query, key, value, mask, scaling)
+        model_s.exotic = ""  # type: ignore[attr-defined]
+        return self.attend(cast("Run", model_s), query, key, value, mask, scaling)

@@ -20,7 +20,7 @@ class DecoderAdapter:
     No model class is named: Llama, Qwen, Mistral, Gemma, Phi-3, GPT-NeoX, OLMo and their likes all fit.
     """
 
-    stages = ("cache", "decode")
+    stages = ("cache", "attention", "decode")
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -53,6 +53,10 @@ class DecoderAdapter:
             from .cache_stage import install_cache
 
             install_cache(self, methods[0], session, undo)
+        elif stage == "attention":
+            from .attention_stage import install_attention
+
+            install_attention(self, methods[0], session, undo)
         else:
             from .decode_stage import install_decode
 

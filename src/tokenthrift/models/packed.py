@@ -36,6 +36,7 @@ class Step:
         fed: of each row, how many of these tokens earlier forwards put into the cache, not committed yet: a tree that
             grows is fed piece by piece.
         widths: tokens of each row that are fed now; 0 for rows that are done.
+        live: the rows from the first to the last that feed any: attention leaves the others alone.
         rows, offsets: ``(tokens,)`` int64, the row of every packed token and its place among those of its row.
         masks: masks that layers of one kind share, made at first use; ``tiled`` these as attention takes them.
         places: for layers that held so many columns, where the tokens go.
@@ -47,6 +48,8 @@ class Step:
         self.widths = [
             0 if draft is None else len(draft) + 1 - before for draft, before in zip(drafts, self.fed, strict=True)
         ]
+        feeding = [row for row, width in enumerate(self.widths) if width] or [0]
+        self.live = slice(feeding[0], feeding[-1] + 1)
         self.device = device
         self.masks: dict[tuple[int, int | None, bool], Tensor | None] = {}
         self.tiled: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -64,8 +67,9 @@ class Step:
         return [d for draft, fed in rows if draft is not None for d in (0, *draft.depths)[fed:]]
 
     def columns(self, base: int, grown: Sequence[int]) -> int:
-        """Of a buffer that has this step's tokens: ``base``, then of each row what was committed, then the step."""
-        return base + max(g + f + w for g, f, w in zip(grown, self.fed, self.widths, strict=True))
+        """Of a buffer that has this step's tokens: ``base``, then of a live row what was committed, then the step."""
+        rows = zip(grown[self.live], self.fed[self.live], self.widths[self.live], strict=True)
+        return base + max(g + f + w for g, f, w in rows)
 
 
 class Packing:
@@ -98,28 +102,28 @@ class Packing:
         return [start + depth for start, depth in zip(starts, self.step.depths, strict=True)]
 
     def mask(self, base: int, window: int | None, reduced: bool) -> Tensor | None:
-        """``(batch, 1, widest row, columns)`` bool for a layer that held ``base`` columns; None: all is seen.
+        """``(live rows, 1, widest row, columns)`` bool for a layer that held ``base`` columns; None: all is seen.
 
         Of the columns that a reduced layer held, all count as seen here.
         """
         masks, key = self.step.masks, (base, window, reduced)
         if key not in masks:
-            held = None if reduced or self.real is None else self.real[:, self.seen - base :].cpu()
+            held = None if reduced or self.real is None else self.real[self.step.live, self.seen - base :].cpu()
             masks[key] = self._mask(base, window, None if held is None or bool(held.all()) else held)
         return masks[key]
 
     def _mask(self, base: int, window: int | None, held: Tensor | None) -> Tensor | None:
         step, grown = self.step, self.grown
         width, columns = max(step.widths), step.columns(base, grown)
-        if len(grown) == 1 and window is None and held is None and width == 1:
-            draft = step.drafts[0]
+        live = step.live
+        if live.stop - live.start == 1 and window is None and held is None and width == 1:
+            draft = step.drafts[live.start]
             if draft is None or draft.is_chain:
                 return None
-        mask = torch.zeros(len(grown), 1, width, columns, dtype=torch.bool)
-        places = torch.zeros(len(grown), columns, dtype=torch.long)
-        for b, (draft, n, g, f, w) in enumerate(
-            zip(step.drafts, self.lengths, grown, step.fed, step.widths, strict=True)
-        ):
+        rows = zip(step.drafts[live], self.lengths[live], grown[live], step.fed[live], step.widths[live], strict=True)
+        mask = torch.zeros(live.stop - live.start, 1, width, columns, dtype=torch.bool)
+        places = torch.zeros(len(mask), columns, dtype=torch.long)
+        for b, (draft, n, g, f, w) in enumerate(rows):
             mask[b, 0, :, :base] = True if held is None else held[b]
             mask[b, 0, :, base : base + g] = True
             if draft is None:
@@ -170,7 +174,7 @@ class PackedLayer(CacheLayerMixin):
         return self.keys[:, :, :columns], self.values[:, :, :columns]
 
     def mask(self, heads: int) -> Tensor | None:
-        """Of this step: ``(batch, 1 or heads, widest row, columns)`` bool, or None if everything is seen."""
+        """Of this step: ``(live rows, 1 or heads, widest row, columns)`` bool, or None if everything is seen."""
         plain = self.packing.mask(self.base, self.window, isinstance(self.layer, ReducedLayer))
         real = getattr(self.layer, "real", None)
         if real is None:
@@ -179,7 +183,7 @@ class PackedLayer(CacheLayerMixin):
             assert self.keys is not None
             columns = self.packing.step.columns(self.base, self.packing.grown)
             plain = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=real.device)
-        seen = functional.pad(real, (0, plain.shape[-1] - self.base), value=True)
+        seen = functional.pad(real[self.packing.step.live], (0, plain.shape[-1] - self.base), value=True)
         return plain & seen.repeat_interleave(heads // seen.shape[1], dim=1).unsqueeze(2)
 
     def _make_room(self, columns: int) -> None:
@@ -307,15 +311,17 @@ def _attention_over(base: str) -> Any:
         mask = layer.mask(query.shape[1])
         if len(step.widths) == 1:
             return _attend(base, module, query, key, value, mask, step, kwargs), None
-        batch, width = len(step.widths), max(step.widths)
-        if min(step.widths) == width:  # nothing to fill up
+        batch, width = step.live.stop - step.live.start, max(step.widths)
+        key, value = key[step.live], value[step.live]
+        if min(step.widths[step.live]) == width:  # nothing to fill up
             rows = query[0].transpose(0, 1).reshape(batch, width, query.shape[1], query.shape[-1]).transpose(1, 2)
             out = _attend(base, module, rows, key, value, mask, step, kwargs)
             return out.reshape(1, batch * width, *out.shape[2:]), None
         rows = query.new_zeros(batch, width, query.shape[1], query.shape[-1])
-        rows[step.rows, step.offsets] = query[0].transpose(0, 1)
+        at = step.rows - step.live.start, step.offsets
+        rows[at] = query[0].transpose(0, 1)
         out = _attend(base, module, rows.transpose(1, 2), key, value, mask, step, kwargs)
-        return out[step.rows, step.offsets].unsqueeze(0), None
+        return out[at].unsqueeze(0), None
 
     return attention
 

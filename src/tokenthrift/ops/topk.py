@@ -58,3 +58,13 @@ def keep_top_of_all_heads(scores: Tensor, counts: Tensor, floor: Tensor, mask: T
 def _ranks(scores: Tensor) -> Tensor:
     """The place of each score along the last dimension, 0 for the highest."""
     return scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+
+
+def top_entries(scores: Tensor, count: int, mask: Tensor | None) -> Tensor:
+    """Indices of the best-scored entries, in no order: ``(batch, heads, n)`` to ``(batch, heads, count)``.
+
+    Padding, false in ``mask`` ``(batch, n)``, comes only where a row has too few real entries.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return scores.topk(count, sorted=False).indices

@@ -1,0 +1,1 @@
+"""Attention stage: which entries of a full cache a decoding step reads."""
