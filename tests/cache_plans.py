@@ -9,7 +9,9 @@ import tokenthrift as tt
 _OPTIONS = {
     "snapkv": ", window=4",
     "pyramid_kv": ", window=4, beta=3",
+    "ada_kv": ", base='snapkv(window=4)'",
     "lagkv": ", sinks=2, lag=5",
+    "tree_kv": ", sinks=2, block=2",
     "expected_attention": ", sinks=2, future=16",
     "dapq": ", queries=4",
     "ems": ", window=4, threshold=0.1",

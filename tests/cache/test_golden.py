@@ -132,3 +132,24 @@ def test_h2o_keeps_what_the_authors_code_keeps():
     np.testing.assert_array_equal(map.apply(keys).numpy(), data["keys_after_prefill"])
     score = h2o.score(view).gather(-1, map.source)[0]
     np.testing.assert_allclose(score.numpy(), data["score_after_prefill"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("removed", "budget"), [(50, 32), (80, 12)])
+def test_ada_kv_drops_what_kvpress_masks(llama, removed, budget):
+    """There, what a head does not get is masked and stays in memory; here it is gone."""
+    model, data = llama
+    with tt.apply(f"ada_kv(budget={budget}, base='snapkv(window=8, kernel=5)')", model), torch.no_grad():
+        cache = model(torch.tensor(data["ids"])).past_key_values
+    for layer, stored in enumerate(cache.layers):
+        want = np.ones((2, 2, 64), dtype=bool)
+        want[tuple(data[f"adakv_snapkv_{removed}/masked_{layer}"])] = False
+        np.testing.assert_array_equal(stored.map.kept.numpy(), want)
+        assert stored.nbytes == want.sum() * 2 * 8 * 4
+
+
+@pytest.mark.parametrize(("case", "base"), [("snapkv", "snapkv(window=16, kernel=5)"), ("knorm", "knorm")])
+def test_ada_kv_selects_what_kvpress_selects(layer, case, base):
+    view, want = layer
+    pruned = want[f"adakv_{case}__pruned_mask"]
+    map = method(f"ada_kv(budget={int((~pruned).sum()) // 4}, base='{base}')").reduce(view)
+    np.testing.assert_array_equal(map.kept.numpy(), ~pruned)

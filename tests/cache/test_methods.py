@@ -7,6 +7,7 @@ import torch
 
 import tokenthrift as tt
 from cache_plans import EACH, EACH_EVICTING, plan
+from tokenthrift.cache.tree_kv import tournament
 from tokenthrift.models.cache_stage import cache_view
 from tokenthrift.ops.rotary import Rotary
 
@@ -132,6 +133,38 @@ def test_pyramid_kv_is_constant_where_the_last_layer_could_not_hold_the_window()
     assert tt.Plan.parse("pyramid_kv(budget=100, window=8, beta=20)").at("cache")[0].budgets(1000, 4) == [100] * 4
 
 
+def test_ada_kv_gives_a_head_what_the_others_need_less():
+    v = view(n=40)
+    v.keys[:, 1] *= 0.1  # the smallest keys are all in head 1
+    for safeguard, counts in ((0, [0, 20]), (0.25, [2, 18]), (1, [10, 10])):
+        map = tt.Plan.parse(f"ada_kv(budget=10, base=knorm, safeguard={safeguard})").at("cache")[0].reduce(v)
+        assert map.mask.sum(-1).tolist() == [counts]
+
+
+def test_tree_kv_lets_neighbouring_blocks_compete():
+    """20 tokens, room for 12: 2 sinks, the last 4, and of the 14 between 6, as three blocks of two."""
+    index = kept("tree_kv(budget=12, sinks=2, block=2)", view())[0]
+    for head in index.tolist():
+        assert head[:2] == [0, 1] and head[-4:] == [16, 17, 18, 19]
+        blocks = head[2:8:2]
+        assert head[3:8:2] == [b + 1 for b in blocks] and all(b % 2 == 0 for b in blocks)
+
+
+def test_the_tournament_equals_one_comparison_after_the_other():
+    g = torch.Generator().manual_seed(0)
+    for room, start, n in ((1, 0, 9), (5, 0, 6), (5, 3, 23), (7, 6, 40), (4, 0, 4), (0, 0, 3)):
+        score = torch.randn(2, n, generator=g)
+        got = tournament(score, room, start).tolist()
+        for head in range(2):
+            left, place = list(range(room)), start
+            for new in range(room, n if room else 0):
+                left.append(new)
+                one, other = left[place : place + 2]
+                left.remove(other if score[head, one] > score[head, other] else one)
+                place = (place + 1) % room
+            assert got[head] == left, (room, start, n)
+
+
 def test_expected_attention_is_the_mean_over_drawn_queries():
     """The closed form against exp(q·k) of Gaussian queries, rotated to the next position."""
     v = view(n=30, heads=2, kv_heads=2)
@@ -158,9 +191,11 @@ def test_keeping_everything_is_the_identity(name):
 @EACH_EVICTING
 @pytest.mark.parametrize("budget", [12, 0.5])
 def test_as_many_as_asked_for_in_order_and_each_once(name, budget):
-    index = kept(plan(name, budget), view(n=24, batch=2, layer=1, layers=3))
-    assert index.shape == (2, 2, 12)
-    assert (index.diff(dim=-1) > 0).all()
+    map = tt.Plan.parse(plan(name, budget)).at("cache")[0].reduce(view(n=24, batch=2, layer=1, layers=3))
+    assert (map.mask.sum((1, 2)) == 2 * 12).all()
+    if name != "ada_kv":
+        assert map.source.shape == (2, 2, 12)
+    assert (map.source.diff(dim=-1) > 0)[map.mask[..., 1:]].all()
 
 
 @EACH
@@ -179,7 +214,7 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
             torch.testing.assert_close(map.dense()[row, head][real][:, pad:], want)
             assert torch.equal(map.anchors[row, head][real] - pad, alone.anchors[0, head][alone.mask[0, head]])
             assert not map.kept[row, head, :pad].any()
-            assert int(real.sum()) == min(14, 40 - pad)
+        assert int(map.mask[row].sum()) == 2 * min(14, 40 - pad)
 
 
 @EACH
@@ -216,6 +251,18 @@ def test_half_precision_is_scored_like_single(name):
         "h2o(recent=most)",
         "h2o(per_query=3)",
         "lagkv(lag=2.5)",
+        "knorm(every=-1)",
+        "knorm(budget=0.5, every=8)",
+        "tree_kv(sinks=0)",
+        "tree_kv(budget=4)",
+        "tree_kv(recent=2)",
+        "tree_kv(block=0)",
+        "ada_kv(safeguard=1.5)",
+        "ada_kv(base=pyramid_kv)",
+        "ada_kv(base=prompt_lookup)",
+        "ada_kv(base='snapkv(window=600)')",
+        "ada_kv(base='knorm(every=4)')",
+        "ada_kv(base='knorm() tova()')",
         "expected_attention(sinks=512)",
         "expected_attention(future=0)",
         "expected_attention(epsilon=-1)",

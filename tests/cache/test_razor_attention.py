@@ -58,7 +58,7 @@ def test_attention_over_what_is_stored_weighs_the_compensation_token():
     map = razor(budget=8, sinks=3, heads=[[0, 1]]).reduce(v)
     stored = ReducedLayer(v.keys, v.values, map, v.mask, proportional=RazorAttention.proportional)
     q = v.queries[0, 0, -1]
-    keys, values = stored.keys[0, 0, :8], stored.values[0, 0, :8]
+    keys, values = stored.keys[0, 0, -8:], stored.values[0, 0, -8:]
     weight = torch.tensor([1.0, 1, 1, 13, 1, 1, 1, 1]) * (keys @ q * 8**-0.5).exp()
     mask = stored.bias.masked_fill(~stored.real, float("-inf"))[0, 0]
     out = scaled_dot_product_attention(q[None], stored.keys[0, 0], stored.values[0, 0], attn_mask=mask[None])

@@ -603,3 +603,24 @@ def test_nothing_in_or_nothing_out(m):
     same(TokenMap.identity(m.n_in, m.lead).then(m), m)
     emptied = m.then(TokenMap.keep(torch.zeros(*m.lead, m.n_out, dtype=torch.bool)))
     assert (emptied.n_in, emptied.n_out) == (m.n_in, 0)
+
+
+@pytest.mark.parametrize(
+    "map",
+    [
+        TokenMap.select(torch.tensor([[0, 2, -1], [1, 2, 4]]), 5),
+        TokenMap.merge(torch.tensor([[0, 0, 1, -1, 1], [0, 1, 2, 2, 2]]), 3),
+        TokenMap.transform(torch.tensor([[[0.5, 0.2, 0.0], [0.5, 0.8, 1.0]]]).expand(2, -1, -1)),
+    ],
+)
+def test_extending_leaves_the_new_tokens_as_they_are(map):
+    longer = map.extend(2)
+    assert (longer.n_in, longer.n_out) == (map.n_in + 2, map.n_out + 2)
+    for name in ("dense", "dense_share"):
+        new = getattr(longer, name)()
+        torch.testing.assert_close(new[:, : map.n_out, : map.n_in], getattr(map, name)())
+        torch.testing.assert_close(new[:, map.n_out :, map.n_in :], torch.eye(2).expand(2, -1, -1))
+        assert new[:, : map.n_out, map.n_in :].sum() == 0 == new[:, map.n_out :, : map.n_in].sum()
+    fresh = torch.arange(map.n_in, map.n_in + 2).expand(2, -1)
+    assert torch.equal(longer.positions("anchor"), torch.cat([map.positions("anchor"), fresh], -1))
+    assert map.extend(0) is map

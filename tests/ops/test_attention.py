@@ -137,3 +137,11 @@ def test_augmented_keys_of_grouped_heads_hide_what_has_no_size():
         q[:1], k[:1, :, :4], v[:1, :, :4], bias[:1, ..., :4], scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(out[:1], without)
+
+
+def test_attention_received_from_the_last_queries_alone():
+    """What all give is what the first give and what the last give."""
+    q, k = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8)
+    first = attention_received(q[:, :, :14], k[:, :, :14], 0.3)
+    last = attention_received(q[:, :, 14:], k, 0.3, block=3)
+    torch.testing.assert_close(last + torch.nn.functional.pad(first, (0, 7)), attention_received(q, k, 0.3))

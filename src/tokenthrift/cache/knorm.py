@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 
 @method(
@@ -25,13 +27,19 @@ class KNorm:
 
     Args:
         budget: entries to keep per key/value head: a count, or a ratio in (0, 1] of the prompt.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
+    every: int = 0
 
     def __post_init__(self) -> None:
         Budget.of(self.budget)
+        check_every("knorm", self.every, self.budget)
+
+    def score(self, view: View) -> Tensor:
+        """``(batch, kv_heads, tokens)``: minus the norm."""
+        return -torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
 
     def reduce(self, view: View) -> TokenMap:
-        score = -torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
-        return keep_top(score, Budget.of(self.budget), view.mask)
+        return keep_top(self.score(view), Budget.of(self.budget), view.mask)

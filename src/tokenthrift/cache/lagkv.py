@@ -12,6 +12,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.rows import score_rows
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 
 @method(
@@ -27,17 +28,20 @@ class LagKV:
     The prompt after the sinks is cut into partitions of ``lag`` tokens. A partition's keys and values are scaled by the
     range of the next partition's; those that vary most over their channels rank first. Sinks, the last complete
     partition and what follows it have no judge and outrank the others; a prompt of only these keeps the newest.
-    Partitions share the budget equally, a remainder goes to the later ones.
+    Partitions share the budget equally, a remainder goes to the later ones. Reduced again, the entries that are left
+    are cut into partitions anew.
 
     Args:
         budget: entries to keep per key/value head: a count, or a ratio in (0, 1] of the prompt.
         sinks: how many of the first tokens stay.
         lag: tokens in a partition.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
     sinks: int = 4
     lag: int = 128
+    every: int = 0
 
     def __post_init__(self) -> None:
         count = Budget.of(self.budget).count
@@ -45,6 +49,7 @@ class LagKV:
             raise ThriftError(f"lagkv needs 0 <= sinks < budget, got sinks={self.sinks}, budget={self.budget}")
         if self.lag < 2:
             raise ThriftError(f"lagkv needs a lag of at least 2 tokens, got {self.lag}")
+        check_every("lagkv", self.every, self.budget)
 
     def score(self, view: View) -> Tensor:
         """``(batch, kv_heads, tokens)``: ranks within the partitions from 0 to ``lag``, the last tokens above them."""

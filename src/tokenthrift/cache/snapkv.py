@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..core.method import method
@@ -9,6 +11,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import window_scores
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 
 @method(
@@ -28,22 +31,33 @@ class SnapKV:
         budget: entries to keep per key/value head, the window included: a count, or a ratio in (0, 1] of the prompt.
         window: how many of the last queries vote. Shrinks when a ratio leaves less room than that.
         kernel: width of the pooling, odd; 1 switches it off.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
     window: int = 32
     kernel: int = 5
+    every: int = 0
 
     def __post_init__(self) -> None:
         check_window("snapkv", self.budget, self.window, self.kernel)
+        check_every("snapkv", self.every, self.budget)
+
+    @property
+    def lookback(self) -> int:
+        """How many of the last queries are read when the cache is reduced again."""
+        return self.window
+
+    def score(self, view: View) -> Tensor:
+        """``(batch, kv_heads, tokens)``: votes in [0, 1], the window above them."""
+        window = min(self.window, Budget.of(self.budget).tokens(view.keys.shape[2]))
+        return window_scores(view.attention(window), view.keys.shape[1], self.kernel)
 
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape
-        budget = Budget.of(self.budget)
-        if budget.tokens(n) == n:
+        if Budget.of(self.budget).tokens(n) == n:
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
-        window = min(self.window, budget.tokens(n))
-        return keep_top(window_scores(view.attention(window), kv_heads, self.kernel), budget, view.mask)
+        return keep_top(self.score(view), Budget.of(self.budget), view.mask)
 
 
 def check_window(name: str, budget: int | float, window: int, kernel: int) -> None:

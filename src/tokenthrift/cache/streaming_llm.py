@@ -10,6 +10,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 
 @method(
@@ -27,15 +28,18 @@ class StreamingLLM:
     Args:
         budget: entries to keep per key/value head: a count, or a ratio in (0, 1] of the prompt.
         sinks: how many of them are the first tokens of the prompt.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
     sinks: int = 4
+    every: int = 0
 
     def __post_init__(self) -> None:
         count = Budget.of(self.budget).count
         if self.sinks < 0 or (count is not None and count <= self.sinks):
             raise ThriftError(f"streaming_llm needs 0 <= sinks < budget, got sinks={self.sinks}, budget={self.budget}")
+        check_every("streaming_llm", self.every, self.budget)
 
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape

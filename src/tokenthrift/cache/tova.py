@@ -9,6 +9,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 
 @method(
@@ -17,27 +18,33 @@ from ..ops.topk import keep_top
     paper="Transformers are Multi-State RNNs",
     arxiv="2401.06104",
     needs=("keys", "attention", "mask"),
-    status="partial",
 )
 class TOVA:
-    """Keep the entries that the prompt's last query attends to most, averaged over all heads of the layer.
+    """Keep the entries that the last query attends to most, averaged over all heads of the layer.
 
-    The last token itself always stays; the paper leaves it to its own score, which is high enough nearly always.
-    Partial: the paper also drops an entry at every decoding step, here only the prompt is reduced.
+    With ``every=1``, as in the paper, each new token's query drops the entry that it attends to least.
 
     Args:
         budget: entries to keep per layer: a count, or a ratio in (0, 1] of the prompt.
+        keep_last: the last token always stays. The paper leaves it to its own score, nearly always high enough.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
+    keep_last: bool = True
+    every: int = 0
+
+    lookback = 1
 
     def __post_init__(self) -> None:
         Budget.of(self.budget)
+        check_every("tova", self.every, self.budget)
 
     def score(self, view: View) -> Tensor:
-        """``(batch, kv_heads, tokens)``, the same for all heads: mean attention, and 2 for the last token."""
+        """``(batch, kv_heads, tokens)``, the same for all heads: mean attention, and 2 for a last token that stays."""
         shared = view.attention(1).mean(1)  # (batch, 1, tokens)
-        shared[..., -1] = 2
+        if self.keep_last:
+            shared[..., -1] = 2
         return shared.expand(-1, view.keys.shape[1], -1)
 
     def reduce(self, view: View) -> TokenMap:

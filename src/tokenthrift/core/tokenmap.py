@@ -474,6 +474,28 @@ class TokenMap:
         share = after._dense(after._share) @ self._dense(self._share)
         return TokenMap._of_matrices(weight, share, anchor)
 
+    def extend(self, n: int) -> TokenMap:
+        """This map, and ``n`` more tokens after the others that stay what they are."""
+        if n == 0:
+            return self
+        new_in, new_out = (
+            torch.arange(m, m + n, device=self.device).expand(*self.lead, n) for m in (self.n_in, self.n_out)
+        )
+        if self.is_selection and self.share is None:
+            index = torch.cat([torch.where(self.mask, self.source, -1), new_in], dim=-1)
+            made = TokenMap.select(index, self.n_in + n)
+            return made if self.anchor is None else replace(made, anchor=torch.cat([self.anchor, new_in], dim=-1))
+        ones = self.weight.new_ones(*self.lead, n)
+        return TokenMap(
+            source=torch.cat([self.source, new_in], dim=-1),
+            target=torch.cat([self.target, new_out], dim=-1),
+            weight=torch.cat([self.weight, ones], dim=-1),
+            n_in=self.n_in + n,
+            n_out=self.n_out + n,
+            share=None if self.share is None else torch.cat([self.share, ones], dim=-1),
+            anchor=torch.cat([self.anchors, new_in], dim=-1),
+        )
+
     def provenance(self) -> list[list[list[tuple[int, float]]]]:
         """For every batch row (leading dimensions flattened) and output: its ``(input token, weight)`` pairs."""
         batch = math.prod(self.lead)

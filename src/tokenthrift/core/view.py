@@ -28,6 +28,12 @@ class View:
                                                         ``attention``, whose columns include them
     ``draft``        prefill                            function ``(rows, steps, first layer, reduce)`` -> what
                                                         ``reduce`` makes of a draft model's attention, by step and layer
+    ``received``     cache                              ``(batch, kv_heads, tokens)``, attention from all queries so
+                                                        far, mean over the query heads that share a head
+    ``asked``        cache                              ``(batch, kv_heads, tokens)``, how many queries those were
+    ``again``        cache                              whether what an earlier call kept is reduced once more; the
+                                                        tokens are then cache entries, and there are no ``queries``,
+                                                        ``rotary`` and ``positions``
     ``scaling``      cache attention                    factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions

@@ -1,7 +1,8 @@
 """The cache stage of decoder-only models: reduce each layer's keys and values right after its own prefill attention.
 
 Compressing layer by layer keeps the peak at one full layer beside the compressed ones. The method sees a lazy view and
-returns a TokenMap over ``(batch, kv_heads)``; what it drops is freed. Sliding-window layers are left alone: they hold a
+returns a TokenMap over ``(batch, kv_heads)``; what it drops is freed. Methods with an ``every`` reduce what is stored
+again as the text grows, so that the cache stays within their budget. Sliding-window layers are left alone: they hold a
 window only.
 """
 
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..core.errors import ThriftError
 from ..core.session import Session
+from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
-from ..ops.attention import attention_rows
+from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
 from .attention import watch_attention
-from .kv import ReducedLayer, biased
+from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .lookahead import Lookahead
 from .rotary import rotary_of
 
@@ -32,14 +35,20 @@ if TYPE_CHECKING:
 
 
 def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: ExitStack) -> None:
-    """Compress caches with ``method`` after the first prompt forward, until ``undo`` closes.
+    """Compress caches with ``method`` after the first prompt forward, and as it asks later, until ``undo`` closes.
 
     A method that has to know something of the model beforehand has ``bind``: given the model, the method to use. Where
     that has ``draft``, prompts run together with the tokens that it gives; see :mod:`tokenthrift.models.lookahead`.
 
     Raises:
-        ThriftError: every layer has a sliding window, so there is nothing to reduce; what ``bind`` raises.
+        ThriftError: every layer has a sliding window, so there is nothing to reduce; the method goes on reducing while
+            drafts may still be taken back; what ``bind`` raises.
     """
+    if getattr(method, "every", 0) and "decode" in session.plan.stages:
+        raise ThriftError(
+            f"{method.info.name}(every={method.every}) cannot run beside a decode stage, which may take tokens back: "
+            "leave out 'every', or the decode stage"
+        )
     layers = DynamicCache(config=adapter.model.config).layers
     if all(getattr(layer, "is_sliding", False) for layer in layers):
         raise ThriftError(
@@ -63,13 +72,20 @@ def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: 
 
 
 class CacheWatcher:
-    """One attention layer: supplies masks that fit a reduced cache, and reduces it once, after the first prompt."""
+    """One attention layer: supplies masks that fit a reduced cache, and reduces it.
+
+    That is after the first forward of the prompt, and, where the method says so (``every``), again whenever so many
+    tokens have come since.
+    """
 
     def __init__(
         self, module: nn.Module, layers: int, method: Any, session: Session, lookahead: Lookahead | None = None
     ) -> None:
         self.layer, self.layers = int(module.layer_idx), layers  # type: ignore[arg-type]
         self.method, self.session, self.lookahead = method, session, lookahead
+        self.every = int(getattr(method, "every", 0))
+        self.lookback = int(getattr(method, "lookback", 0)) if self.every else 0
+        self.counts = self.every > 0 and "received" in method.info.needs
         self.cache: Cache | None = None
         self.rotary: Callable[[], Rotary] | None = None
         self.prompt = False
@@ -84,11 +100,13 @@ class CacheWatcher:
         self.prompt = self.cache is not None and int(self.cache.get_seq_length(self.layer)) == 0
 
     def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        stored = self._stored()
-        fits = mask is None or mask.shape[-1] == key.shape[-2]
-        if not isinstance(stored, ReducedLayer) or (stored.whole and fits):
+        stored, new = self._stored(), query.shape[-2]
+        if not isinstance(stored, ReducedLayer) or self.prompt:
             return mask
-        return reduced_mask(stored, query, mask)
+        if new > 1 and mask is not None:  # a prompt that comes in parts: its padding is nothing to read later
+            stored.hide(real_tokens(mask)[:, -new:].expand(query.shape[0], -1))
+        fits = mask is None or mask.shape[-1] == key.shape[-2]
+        return mask if stored.whole and fits else reduced_mask(stored, query, mask)
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         stored, cache, rotary = self._stored(), self.cache, self.rotary
@@ -96,31 +114,67 @@ class CacheWatcher:
         ahead = 0 if self.lookahead is None or cache is None else self.lookahead.tokens
         if ahead and self.lookahead is not None and getattr(stored, "is_sliding", False):
             self.lookahead.mend(stored, key, value)
-        if cache is None or not self.prompt or query.shape[-2] == 1 or getattr(stored, "is_sliding", False):
+        first = self.prompt and (query.shape[-2] > 1 or self.every > 0)
+        if cache is None or not (first or self.every) or getattr(stored, "is_sliding", False):
             return
-        if type(stored) not in (DynamicLayer, ReducedLayer):  # a reset cache keeps its reduced layers, empty
+        if type(stored) not in (DynamicLayer, ReducedLayer, RaggedLayer):  # a reset cache keeps its layers, empty
             raise ThriftError(
                 f"layer {self.layer} caches in a {type(stored).__name__}, which cannot be reduced; "
                 "use the default cache (no cache_implementation, no quantized or offloaded cache)"
             )
         start = perf_counter()
-        view = cache_view(query, key, value, mask, scaling, self.layer, self.layers, rotary, ahead)
-        key, value = view.keys, view.values
-        map = self.method.reduce(view.require(self.method.info.needs))
-        proportional = getattr(self.method, "proportional", False)
-        reduced = ReducedLayer(key, value, map, view.mask, proportional=proportional)
-        cache.layers[self.layer] = reduced
-        seconds = perf_counter() - start
-        heads = map.lead[-1]
-        self.session.record(
-            "cache",
-            before=int(view.mask.sum()) * heads,
-            after=reduced.entries,
-            bytes_before=key.nbytes + value.nbytes,
-            bytes_after=reduced.keys.nbytes + reduced.values.nbytes,
-            seconds=seconds,
-        )
-        self.session.add_map("cache", map, self.layer)
+        if first:
+            view = cache_view(query, key, value, mask, scaling, self.layer, self.layers, rotary, ahead)
+            key, value = view.keys, view.values
+            map = self.method.reduce(view.require(self.method.info.needs))
+            proportional = getattr(self.method, "proportional", False)
+            layer = cache.layers[self.layer] = reduced_layer(key, value, map, view.mask, proportional=proportional)
+            layer.queries = view.queries[:, :, -self.lookback :].clone() if self.lookback else None
+            layer.received = layer.map.sizes(view.received) if self.counts else None
+            self.session.record(
+                "cache",
+                before=int(view.mask.sum()) * map.lead[-1],
+                after=layer.entries,
+                bytes_before=key.nbytes + value.nbytes,
+                bytes_after=layer.nbytes,
+                seconds=perf_counter() - start,
+            )
+            self.session.add_map("cache", layer.map, self.layer)
+            return
+        if not isinstance(stored, ReducedLayer):  # filled before this session
+            everything = TokenMap.identity(key.shape[-2], key.shape[:2], key.device)
+            real = key.new_ones(key.shape[0], key.shape[-2]).bool() if mask is None else real_tokens(mask)
+            old = key.shape[-2] - query.shape[-2]
+            stored = cache.layers[self.layer] = ReducedLayer(key, value, everything, real.expand(key.shape[0], -1))
+            stored.map = TokenMap.identity(old, key.shape[:2], key.device)
+        self._follow(stored, query, key, scaling)
+        if stored.fresh >= self.every:
+            self._again(stored, scaling, start)
+
+    def _follow(self, layer: ReducedLayer, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Note of new tokens what later reductions will ask for."""
+        if self.lookback:
+            known = query if layer.queries is None else torch.cat([layer.queries, query], dim=2)
+            layer.queries = known[:, :, -self.lookback :].clone()
+        if self.counts:
+            if layer.received is None:
+                raise ThriftError(
+                    f"{self.method.info.name} counts the attention that entries receive, and this cache was filled "
+                    "without it: read the prompt inside the same with block"
+                )
+            new = attention_received(query, key, scaling, real_entries(layer))
+            received = pad(layer.received, (0, query.shape[-2]))
+            layer.received = received + group_mean(new, key.shape[1])
+
+    def _again(self, layer: ReducedLayer, scaling: float, start: float) -> None:
+        before, held = layer.entries, layer.nbytes
+        view = stored_view(layer, scaling, self.layer, self.layers)
+        layer.reduce(self.method.reduce(view.require(self.method.info.needs)))
+        record = self.session.record("cache", before=0, after=0, seconds=perf_counter() - start)
+        for name, value in (("reduced_again", 1), ("then_dropped", before - layer.entries)):
+            record.extra[name] = record.extra.get(name, 0) + value
+        record.extra["most_bytes_a_layer"] = max(record.extra.get("most_bytes_a_layer", 0), held)
+        self.session.add_map("cache", layer.map, self.layer)
 
     def _stored(self) -> Any:
         layers = [] if self.cache is None else self.cache.layers
@@ -151,8 +205,10 @@ def cache_view(
     def real() -> Tensor:
         if mask is None:
             return torch.ones(batch, width, dtype=torch.bool, device=key.device)
-        last = mask[:, 0, -1, :]  # the last prompt token sees every real token
-        return (last if last.dtype == torch.bool else last == 0).expand(batch, width)
+        return real_tokens(mask).expand(batch, width)
+
+    def received() -> Tensor:
+        return group_mean(attention_received(query[:, :, :n], key[:, :, :n], scaling, view.mask), key.shape[1])
 
     view = View(
         keys=key[:, :, :n],
@@ -163,6 +219,9 @@ def cache_view(
         mask=Lazy(lambda: real()[:, :n]),
         positions=Lazy(lambda: torch.arange(n, device=key.device).expand(batch, n)),
         protected=Lazy(lambda: torch.zeros(batch, n, dtype=torch.bool, device=key.device)),
+        received=Lazy(received),
+        asked=Lazy(lambda: torch.arange(n, 0, -1, device=key.device).expand(*key.shape[:2], n)),
+        again=False,
         layer=layer,
         layers=layers,
     )
@@ -172,6 +231,56 @@ def cache_view(
     return view
 
 
+def stored_view(layer: ReducedLayer, scaling: float, index: int, layers: int) -> View:
+    """What a cache method may look at when it reduces what is stored once more: see :func:`cache_view`.
+
+    Columns are entries, not tokens of the text. ``view.attention(rows)`` has fewer rows where fewer queries are known.
+    """
+    batch, _, n, _ = (keys := layer.keys).shape
+    view = View(
+        keys=keys,
+        values=Lazy(lambda: layer.values),
+        scaling=scaling,
+        mask=Lazy(lambda: real_entries(layer)),
+        protected=Lazy(lambda: torch.zeros(batch, n, dtype=torch.bool, device=keys.device)),
+        asked=Lazy(lambda: layer.seen - layer.positions),
+        again=True,
+        layer=index,
+        layers=layers,
+    )
+    if layer.received is not None:
+        view.offer("received", layer.received)
+
+    def attention(rows: int) -> Tensor:
+        assert layer.queries is not None, "a method that reads attention here says with 'lookback' how many rows"
+        return attention_rows(layer.queries[:, :, -rows:], keys, scaling, view.mask)
+
+    view.offer("attention", attention)
+    return view
+
+
+def real_tokens(mask: Tensor) -> Tensor:
+    """``(batch or 1, tokens)`` bool of the model's 4-D mask: the last token sees every real one."""
+    last = mask[:, 0, -1, :]
+    return last if last.dtype == torch.bool else last == 0
+
+
+def real_entries(layer: ReducedLayer) -> Tensor:
+    """``(batch, stored)`` bool, for layers whose heads all hold equally many entries.
+
+    Raises:
+        ThriftError: they do not.
+    """
+    if layer.real is None:
+        return torch.ones(layer.map.lead[0], layer.stored, dtype=torch.bool, device=layer.device)
+    if bool((layer.real != layer.real[:, :1]).any()):
+        raise ThriftError(
+            "the heads of this cache hold different numbers of entries, which no method can reduce again: "
+            "leave out 'every', or begin with an empty cache"
+        )
+    return layer.real[:, 0]
+
+
 def reduced_mask(layer: ReducedLayer, query: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask for queries over a reduced layer: stored entries that are real, then causal among the new tokens.
 
@@ -179,7 +288,7 @@ def reduced_mask(layer: ReducedLayer, query: Tensor, mask: Tensor | None) -> Ten
     hold padding and tree masks). Returns ``(batch, heads or 1, q, stored)``, None if everything is seen; additive where
     ``mask`` is, and where entries count for several tokens.
     """
-    q, stored = query.shape[-2], layer.keys.shape[-2]
+    q, stored = query.shape[-2], layer.stored
     if layer.real is None and layer.bias is None and q == 1:
         return None
     additive = layer.bias is not None or (mask is not None and mask.dtype != torch.bool)

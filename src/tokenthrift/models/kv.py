@@ -1,22 +1,36 @@
-"""A cache layer that holds fewer entries than it has seen, and keeps positions and masks right all the same."""
+"""Cache layers that hold fewer entries than they have seen, and keep positions and masks right all the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
+from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
+
+
+def reduced_layer(
+    keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor, *, proportional: bool = False
+) -> ReducedLayer:
+    """A layer that holds what ``map`` keeps: compactly, where the heads of a row keep different numbers of entries."""
+    lengths = map.mask.sum(-1)
+    kind = RaggedLayer if bool((lengths != lengths[:, :1]).any()) else ReducedLayer
+    return kind(keys, values, map, mask, proportional=proportional)
 
 
 class ReducedLayer(DynamicLayer):
     """Keys and values after a reduction: evicted entries are gone, their memory is free.
 
     ``get_seq_length`` counts *seen* tokens, so that later tokens get their true positions; keys are stored after RoPE,
-    so the kept ones need no new rotation.
+    so the kept ones need no new rotation. Rows that keep fewer entries have their padding in front, as a prompt padded
+    on its left has: the newest entries are always the last ones.
 
     Attributes:
         keys, values: ``(batch, kv_heads, stored, head_dim)``.
@@ -25,6 +39,10 @@ class ReducedLayer(DynamicLayer):
             counts for; None where each is one.
         seen: tokens that passed through the layer.
         whole: nothing was dropped or moved, so that masks made for the text fit.
+        map: from the tokens seen until the last reduction to the entries stored then.
+        received: ``(batch, kv_heads, stored)`` float32, attention that the entries got from all queries so far, mean
+            over the query heads; None where no method asks for it.
+        queries: ``(batch, heads, some, head_dim)``, those of the last tokens; None where no method asks for them.
 
     Args:
         keys, values: ``(batch, kv_heads, seen, head_dim)``, all that the layer has seen.
@@ -42,73 +60,135 @@ class ReducedLayer(DynamicLayer):
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.seen = keys.shape[-2]
-        self.keys, self.values = map.apply(keys), map.apply(values)
-        self._kept = map.positions("anchor")
-        real = map.mask & mask.unsqueeze(1).expand(keys.shape[:-1]).gather(-1, map.anchors)
-        self.real: Tensor | None = None if bool(real.all()) else real
-        sizes = map.sizes() if proportional and not map.is_selection else None
+        self.map = _padding_first(map)
+        self.received: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.real: Tensor | None = None
+        self._keep(keys, values, self.map, mask.unsqueeze(1).expand(keys.shape[:-1]))
+        sizes = self.map.sizes() if proportional and not self.map.is_selection else None
         self.bias: Tensor | None = None if sizes is None or bool((sizes <= 1).all()) else sizes.clamp(min=1).log()
-        self.whole = map.is_identity
+        self.whole = self.map.is_identity
         self.is_initialized = True
+
+    def _keep(self, keys: Tensor, values: Tensor, map: TokenMap, real: Tensor) -> None:
+        self.keys, self.values = map.apply(keys), map.apply(values)
+        real = map.mask & real.gather(-1, map.anchors)
+        self.real = None if bool(real.all()) else real
+
+    @property
+    def stored(self) -> int:
+        """Columns of keys and values."""
+        return int(self.keys.shape[-2])
+
+    @property
+    def fresh(self) -> int:
+        """Tokens that came since the last reduction: these are all stored, as the last columns."""
+        return self.seen - self.map.n_in
 
     @property
     def dropped(self) -> int:
         """Entries per head that are no longer stored."""
-        return self.seen - int(self.keys.shape[-2])
+        return self.seen - self.stored
 
     @property
     def positions(self) -> Tensor:
         """``(batch, kv_heads, stored)`` int64: where the entries stand in the text, prompt and later tokens."""
-        kept = self._kept[..., : self.keys.shape[-2]]
-        later = self.keys.shape[-2] - kept.shape[-1]
-        fresh = torch.arange(self.seen - later, self.seen, device=kept.device)
-        return torch.cat([kept, fresh.expand(*kept.shape[:-1], later)], dim=-1)
+        return self.map.extend(self.fresh).positions("anchor")
 
     @property
     def entries(self) -> int:
         """Real entries stored, over all rows and heads."""
-        return self.keys.shape[:-1].numel() if self.real is None else int(self.real.sum())
+        return self.stored * math.prod(self.map.lead) if self.real is None else int(self.real.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values."""
+        return self.keys.nbytes + self.values.nbytes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
         if self.real is not None:
-            self.real = torch.nn.functional.pad(self.real, (0, new), value=True)
+            self.real = pad(self.real, (0, new), value=True)
         if self.bias is not None:
-            self.bias = torch.nn.functional.pad(self.bias, (0, new))
+            self.bias = pad(self.bias, (0, new))
         self.seen += new
         return super().update(key_states, value_states)
 
+    def hide(self, new: Tensor) -> None:
+        """Of the tokens that came last, some are padding: ``new`` ``(batch, tokens)`` bool is false for these."""
+        if bool(new.all()):
+            return
+        if self.real is None:
+            self.real = torch.ones(*self.map.lead, self.stored, dtype=torch.bool, device=new.device)
+        self.real[..., self.stored - new.shape[-1] :] &= new.unsqueeze(1)
+
+    def reduce(self, map: TokenMap) -> None:
+        """Reduce once more: ``map`` is over the entries that are stored now."""
+        if not map.is_identity:
+            map = _padding_first(map)
+            real = torch.ones(*map.lead, map.n_in, dtype=torch.bool, device=map.device)
+            self._keep(self.keys, self.values, map, real if self.real is None else self.real)
+            if self.received is not None:
+                self.received = map.sizes(self.received)
+            if self.bias is not None:
+                self.bias = map.sizes(self.bias.exp()).clamp(min=1).log()
+            self.whole = False
+        self.map = self.map.extend(self.fresh).then(map)
+
     def take(self, keys: Tensor, values: Tensor, grown: Sequence[int]) -> None:
         """Hold these instead: what was there, then new tokens, ``grown`` of them row by row."""
-        new = keys.shape[-2] - self.keys.shape[-2]
+        new = keys.shape[-2] - self.stored
         if self.real is not None or min(grown) < new:
             real = torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device) if self.real is None else self.real
-            self.real = torch.nn.functional.pad(real[..., : self.keys.shape[-2]], (0, new))
+            self.real = pad(real[..., : self.stored], (0, new))
             for row, count in enumerate(grown):
-                self.real[row, :, self.keys.shape[-2] :][:, :count] = True
+                self.real[row, :, self.stored :][:, :count] = True
         if self.bias is not None:
-            self.bias = torch.nn.functional.pad(self.bias[..., : self.keys.shape[-2]], (0, new))
+            self.bias = pad(self.bias[..., : self.stored], (0, new))
         self.keys, self.values = keys, values
         self.seen += new
+        self.received = self.queries = None  # nobody watched what these tokens asked
 
     def get_seq_length(self) -> int:
         return self.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = self.keys.shape[-2] if self.is_initialized else 0
+        stored = self.stored if self.is_initialized else 0
         return stored + query_length, self.seen - stored
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest ``-tokens_to_remove`` tokens (rejected drafts)."""
+        """Remove the newest ``-tokens_to_remove`` tokens (rejected drafts).
+
+        Raises:
+            ThriftError: a reduction has judged these tokens already, or counts the attention that they gave.
+        """
+        count = abs(tokens_to_remove)
+        if count and (self.received is not None or (count > self.fresh and self.dropped)):
+            raise ThriftError(
+                f"{count} tokens cannot be taken back: the cache was reduced with them; "
+                "leave out 'every' in the cache method, or generate without drafts"
+            )
+        self._crop(tokens_to_remove)
+        if not count:
+            return
+        self.seen -= count
+        if self.real is not None:
+            self.real = self.real[..., : self.stored]
+        if self.bias is not None:
+            self.bias = self.bias[..., : self.stored]
+        if self.queries is not None:
+            self.queries = self.queries[:, :, : max(self.queries.shape[2] - count, 0)]
+        if self.fresh < 0:  # nothing was dropped: what is left maps to itself
+            self.map = TokenMap.identity(self.seen, self.map.lead, self.map.device)
+
+    def _crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        stored = self.keys.shape[-2]
-        self._rows(lambda t: t[..., :stored])
-        self.seen -= abs(tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
-        self.seen, self.real, self.bias = 0, None, None
-        self._kept = self._kept[..., :0]
+        self.seen, self.whole = 0, True
+        self.real = self.bias = self.received = self.queries = None
+        self.map = TokenMap.identity(0, self.map.lead, self.map.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
@@ -122,10 +202,95 @@ class ReducedLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._rows(lambda t: t[indices, ...])
 
-    def _rows(self, change: Any) -> None:
-        self._kept = change(self._kept)
-        self.real = None if self.real is None else change(self.real)
-        self.bias = None if self.bias is None else change(self.bias)
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of the batch in all that goes with the keys and values."""
+        for name in ("real", "bias", "received", "queries"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+        edges = {f: getattr(self.map, f) for f in ("source", "target", "weight", "share", "anchor")}
+        changed: dict[str, Any] = {f: None if t is None else change(t) for f, t in edges.items()}
+        self.map = replace(self.map, **changed)
+
+
+class RaggedLayer(ReducedLayer):
+    """A reduced layer whose heads hold different numbers of entries, each only its own.
+
+    The kept entries of all rows and heads lie one behind the other, ``(entries, head_dim)``; tokens that come later are
+    the same for all heads and lie beside them. Attention sees keys and values padded to the longest head: these exist
+    for one layer at a time, while it runs.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor, *, proportional: bool = False
+    ) -> None:
+        self._flat: dict[str, Tensor] = {}
+        self._later: dict[str, Tensor] = {}
+        self._index = torch.zeros(0, dtype=torch.int32)
+        super().__init__(keys, values, map, mask, proportional=proportional)
+
+    def _keep(self, keys: Tensor, values: Tensor, map: TokenMap, real: Tensor) -> None:
+        super()._keep(keys, values, map, real)
+        self._compact()
+
+    def _compact(self) -> None:
+        """Let go of the padding between the heads."""
+        if self.real is None:
+            return
+        slots = self.real.flatten()
+        for name in ("keys", "values"):
+            dense = getattr(self, name)
+            self._later[name] = dense[..., :0, :].clone()
+            self._flat[name] = dense.flatten(0, -2)[slots]
+        self._index = (slots.cumsum(0) - 1).clamp_(min=0).to(torch.int32)  # padding reads anything, and is masked
+
+    def _dense(self, name: str) -> Tensor | None:
+        if name not in self._later:
+            return None
+        later = self._later[name]
+        if name not in self._flat:
+            return later
+        kept = self._flat[name].index_select(0, self._index).view(*later.shape[:2], -1, later.shape[-1])
+        return torch.cat([kept, later], dim=-2) if later.shape[-2] else kept
+
+    def _hold(self, name: str, dense: Tensor | None) -> None:
+        self._flat.pop(name, None)
+        self._later.pop(name, None)
+        if dense is not None:
+            self._later[name] = dense
+
+    keys = property(lambda self: self._dense("keys"), lambda self, t: self._hold("keys", t))  # type: ignore[assignment]
+    values = property(lambda self: self._dense("values"), lambda self, t: self._hold("values", t))  # type: ignore[assignment]
+
+    @property
+    def stored(self) -> int:
+        later = self._later["keys"]
+        kept = self._index.numel() // math.prod(later.shape[:2]) if "keys" in self._flat else 0
+        return kept + int(later.shape[-2])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for part in (self._flat, self._later) for t in part.values())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        new = key_states.shape[-2]
+        if self.real is not None:
+            self.real = pad(self.real, (0, new), value=True)
+        if self.bias is not None:
+            self.bias = pad(self.bias, (0, new))
+        self.seen += new
+        for name, states in (("keys", key_states), ("values", value_states)):
+            self._later[name] = torch.cat([self._later[name], states], dim=-2)
+        return self.keys, self.values
+
+    def _crop(self, tokens_to_remove: int) -> None:
+        count = abs(tokens_to_remove)
+        self._later = {name: t[..., : t.shape[-2] - count, :] for name, t in self._later.items()}
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._rows(change)
+        self._compact()
 
 
 def biased(seen: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
@@ -146,3 +311,11 @@ def biased(seen: Tensor, bias: Tensor | None, heads: int, dtype: torch.dtype) ->
         out = out.repeat(bias.shape[0] // seen.shape[0], heads // seen.shape[1], 1, 1)
         out[..., :columns] += bias[..., None, :columns].repeat_interleave(heads // bias.shape[1], dim=1).to(dtype)
     return out.masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _padding_first(map: TokenMap) -> TokenMap:
+    """The same map with the padding of its shorter rows in front of their outputs."""
+    if not map.padded:
+        return map
+    order = map.mask.to(torch.uint8).argsort(dim=-1, stable=True)
+    return map.then(TokenMap.select(torch.where(map.mask.gather(-1, order), order, -1), map.n_out))

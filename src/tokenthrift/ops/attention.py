@@ -62,19 +62,20 @@ def attention_received(
     The queries are taken ``block`` at a time, each block with the keys that it can see.
 
     Args:
-        queries: ``(batch, heads, n, dim)``.
+        queries: ``(batch, heads, rows, dim)``, those of the last ``rows`` of the ``n`` tokens.
         keys, scaling, mask: as for :func:`attention_rows`.
         block: how many rows of the matrix exist at once.
 
     Returns:
         ``(batch, heads, n)`` float32; padding receives nothing and gives nothing.
     """
-    n = keys.shape[-2]
-    received = torch.zeros(queries.shape[:-1], dtype=torch.float32, device=queries.device)
-    for start in range(0, n, block):
-        end = min(start + block, n)
+    n, rows = keys.shape[-2], queries.shape[-2]
+    received = torch.zeros(*queries.shape[:2], n, dtype=torch.float32, device=queries.device)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        end = n - rows + stop
         seen = None if mask is None else mask[:, :end]
-        received[..., :end] += attention_rows(queries[:, :, start:end], keys[:, :, :end], scaling, seen).sum(-2)
+        received[..., :end] += attention_rows(queries[:, :, start:stop], keys[:, :, :end], scaling, seen).sum(-2)
     return received
 
 

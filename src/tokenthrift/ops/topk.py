@@ -35,6 +35,31 @@ def keep_top(scores: Tensor, budget: Budget | Tensor, mask: Tensor) -> TokenMap:
     return TokenMap.select(torch.where(index == n, -1, index), n)
 
 
+def keep_top_of_all_heads(scores: Tensor, counts: Tensor, floor: Tensor, mask: Tensor) -> TokenMap:
+    """Keep the best-scored real tokens of all heads of a row together, in their order; heads keep different numbers.
+
+    Args:
+        scores: ``(batch, heads, tokens)``, comparable between heads.
+        counts: ``(batch,)``, how many of a row's tokens to keep, mean over its heads; at most its real tokens.
+        floor: ``(batch,)``, how many each head keeps at least.
+        mask: ``(batch, tokens)`` bool, true for real tokens; padding is never kept.
+
+    Returns:
+        A selection over ``(batch, heads)``; heads that keep fewer tokens than the fullest end in padding outputs.
+    """
+    heads = scores.shape[1]
+    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    safe = _ranks(scores) < floor[:, None, None]
+    pooled = scores.masked_fill(safe & mask.unsqueeze(1), float("inf")).flatten(1)
+    kept = _ranks(pooled) < (heads * counts)[:, None]
+    return TokenMap.keep(kept.view(scores.shape))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The place of each score along the last dimension, 0 for the highest."""
+    return scores.argsort(dim=-1, descending=True).argsort(dim=-1)
+
+
 def top_entries(scores: Tensor, count: int, mask: Tensor | None) -> Tensor:
     """Indices of the best-scored entries, in no order: ``(batch, heads, n)`` to ``(batch, heads, count)``.
 
