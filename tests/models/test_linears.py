@@ -57,27 +57,29 @@ def test_changed_weights_and_gradients_are_respected(model, product):
 
 
 def test_auto_takes_what_is_faster_and_only_to_decode(model, monkeypatch):
-    assert tt.apply("decode=prompt_lookup()", model).install().linears == "torch"  # weights are too small to matter
-    model = LlamaForCausalLM(model.config)
+    with tt.apply("decode=prompt_lookup()", model) as session:
+        assert session.linears == "torch"  # weights are too small to matter
+    monkeypatch.setattr(linears, "WORTH_MEASURING", 0)
     for faster in (True, False):
-        monkeypatch.setattr(linears, "_onednn_is_faster", lambda layers, faster=faster: faster)
+        monkeypatch.setattr(linears, "_measured", {})
+        # of several shapes one at most
+        monkeypatch.setattr(linears, "_onednn_is_faster", lambda w, x, f=faster: f and w[0].shape == (48, 32))
         with tt.apply("decode=prompt_lookup()", model) as session:
             assert session.linears == ("onednn" if faster else "torch")
-            assert ("forward" in vars(model.lm_head)) == faster
+            mlp = model.model.layers[0].mlp
+            assert ["forward" in vars(m) for m in (mlp.up_proj, mlp.down_proj, model.lm_head)] == [faster, False, False]
         with tt.apply("cache=knorm(budget=0.5)", model) as session:
             assert session.linears == "torch"
-            assert "forward" not in vars(model.lm_head)
+            assert "forward" not in vars(mlp.up_proj)
 
 
 def test_the_faster_product_is_measured(monkeypatch):
-    layers = [nn.Linear(512, 512) for _ in range(2)]
-    monkeypatch.setattr(linears, "_measured", {})
+    weights = [torch.randn(512, 512) for _ in range(2)]
     for slow, faster in (("linear", True), ("_multiply", False)):
         with monkeypatch.context() as patch:
             product = getattr(linears, slow)
             patch.setattr(linears, slow, lambda *args, product=product: (sleep(0.05), product(*args))[1])
-            assert linears._onednn_is_faster(layers) is faster
-            linears._measured.clear()
+            assert linears._onednn_is_faster(weights, torch.zeros(8, 512)) is faster
 
 
 @pytest.mark.parametrize("product", ["onednn", "prepacked"])

@@ -8,7 +8,6 @@ size), as those of forwards of different widths do anyway.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from time import perf_counter
@@ -36,11 +35,12 @@ def use_product(model: nn.Module, product: str, undo: ExitStack) -> tuple[str, i
     Args:
         model: whose layers.
         product: ``"torch"`` leaves the model alone, ``"onednn"`` takes no memory, ``"prepacked"`` a second copy of the
-            layers' weights; ``"auto"`` is ``"onednn"`` if a short measurement finds it faster here, else ``"torch"``.
+            layers' weights; ``"auto"`` is ``"onednn"`` for layers of those shapes at which a short measurement finds it
+            faster here, and ``"torch"`` for the others.
         undo: what gives the layers their own product back.
 
     Returns:
-        The product that is in use, and the bytes of copies.
+        The product that is in use, ``"onednn"`` if any layer takes it, and the bytes of copies.
 
     Raises:
         ThriftError: no such product; or one was asked for by name and there is no layer that can take it, or this build
@@ -53,7 +53,8 @@ def use_product(model: nn.Module, product: str, undo: ExitStack) -> tuple[str, i
     layers = [m for m in model.modules() if _fits(m)]
     available = torch.backends.mkldnn.is_available()
     if product == "auto":
-        if not (layers and available and _onednn_is_faster(layers)):
+        layers = _faster_with_onednn(layers) if available else []
+        if not layers:
             return "torch", 0
         product = "onednn"
     if not available:
@@ -106,23 +107,30 @@ _measured: dict[tuple[tuple[int, ...], int], bool] = {}
 
 
 @torch.no_grad()
-def _onednn_is_faster(layers: list[nn.Linear], rows: int = 8, most: int = 32) -> bool:
-    """Whether oneDNN multiplies a few rows faster, measured on the layers of the most frequent shape."""
-    [(shape, _)] = Counter(layer.weight.shape for layer in layers).most_common(1)
-    if shape.numel() < WORTH_MEASURING:
-        return False
-    key = (tuple(shape), torch.get_num_threads())
-    if key not in _measured:
-        weights = [layer.weight for layer in layers if layer.weight.shape == shape][:most]
-        x = torch.zeros(rows, shape[1])
+def _faster_with_onednn(layers: list[nn.Linear], rows: int = 8, most: int = 16) -> list[nn.Linear]:
+    """The layers whose product with a few rows oneDNN makes faster, measured on some layers of every shape."""
+    by_shape: dict[tuple[int, ...], list[nn.Linear]] = {}
+    for layer in layers:
+        by_shape.setdefault(tuple(layer.weight.shape), []).append(layer)
+    threads, faster = torch.get_num_threads(), []
+    for shape, alike in by_shape.items():
+        if alike[0].weight.numel() < WORTH_MEASURING:
+            continue
+        if (shape, threads) not in _measured:
+            weights = [layer.weight for layer in alike[:most]]
+            _measured[shape, threads] = _onednn_is_faster(weights, torch.zeros(rows, shape[1]))
+        if _measured[shape, threads]:
+            faster += alike
+    return faster
 
-        def seconds(product: Callable[..., Tensor]) -> float:
-            start = perf_counter()
-            for weight in weights:
-                product(x, weight, None)
-            return perf_counter() - start
 
-        times = [(seconds(linear), seconds(_multiply)) for _ in range(5)][1:]  # the first warms up
-        default, ours = (min(column) for column in zip(*times, strict=True))
-        _measured[key] = ours < default
-    return _measured[key]
+def _onednn_is_faster(weights: list[Tensor], x: Tensor) -> bool:
+    def seconds(product: Callable[..., Tensor]) -> float:
+        start = perf_counter()
+        for weight in weights:
+            product(x, weight, None)
+        return perf_counter() - start
+
+    times = [(seconds(linear), seconds(_multiply)) for _ in range(7)][1:]  # the first warms up
+    default, ours = (min(column) for column in zip(*times, strict=True))
+    return ours < default
