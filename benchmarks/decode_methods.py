@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = tt.load(args.model)
     if args.draft_layers:
         short = first_layers(
-            model, tokenizer, args.draft_layers, Path("out") / f"{args.model}-first-{args.draft_layers}"
+            model, tokenizer, args.draft_layers, Path("out") / f"{Path(args.model).name}-first-{args.draft_layers}"
         )
         plans += [f"decode={plan.format(repr(str(short)))}" for plan in DRAFTED]
         args.assistant = args.assistant or str(short)

@@ -153,7 +153,25 @@ def test_the_script_takes_batches_and_profiles(
     assert "# chat-01, chat-13" in shown and "# chat-25:" in shown
     assert shown.count("100.00%") == 2 and "transformers prompt_lookup" not in shown
     shown = run(script, capsys, monkeypatch, *args, "--profile")
-    assert re.search(r"decode=token_recycling\(\): .* outside forwards .*%", shown) and "plain: " in shown
+    assert re.search(r"\| `decode=token_recycling\(\)` \|( [\d.]+ \| [\d.]+ \| [\d.]+% \|?){1}", shown)
+    assert "| plain |" in shown
+    assert "cumulative" not in shown
+    assert "function calls" in run(script, capsys, monkeypatch, *args, "--profile", "--details")
+
+
+def test_the_script_drafts_with_the_first_layers(
+    script: ModuleType,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ("--model", model, "--kinds", "chat", "--prompts-per-kind", "1", "--new-tokens", "6", "--only-plans")
+    shown = run(script, capsys, monkeypatch, *args, "--draft-layers", "1", "--plans", "decode=prompt_lookup()")
+    for name in ("draft_model", "dyspec", "rsd", "spectr", "sequoia"):
+        assert re.search(rf"\| `decode={name}\(.*first-1.*100.00% \|", shown)
+    assert "plain, onednn" not in shown
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def copies(stored):
     for row in range(2):
         for head in range(2):
             sizes = torch.bincount(GROUP[row, head][GROUP[row, head] >= 0], minlength=4)
+            sizes = sizes.roll(int((sizes == 0).sum()))  # where there are fewer entries, padding comes first
             new = torch.ones(stored.keys.shape[2] - 4, dtype=torch.long)
             index = torch.arange(len(sizes) + len(new)).repeat_interleave(torch.cat([sizes, new]))
             yield row, head, stored.keys[row, head, index], stored.values[row, head, index]
