@@ -57,3 +57,15 @@ def prompt(batch: int = 2, length: int = 40, pad: int = 0, seed: int = 0) -> dic
     mask = torch.ones_like(ids)
     ids[0, :pad], mask[0, :pad] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, n=6, **kwargs):
+    """So many tokens, greedily."""
+    return model.generate(**inputs, max_new_tokens=n, do_sample=False, **kwargs)
+
+
+def fingerprint(model):
+    """Everything on a model that a session could have left behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    per_module = [(name, sorted(m.__dict__), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()]
+    return per_module, model.config.to_dict(), model.config._attn_implementation, model.generation_config.to_dict()

@@ -12,7 +12,7 @@ from transformers.masking_utils import eager_mask
 
 import tokenthrift as tt
 from attention_plans import EACH, METHODS, plan
-from tiny_models import prompt, tiny
+from tiny_models import fingerprint, generate, prompt, tiny
 from tokenthrift.attention.quest import page_bounds
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.growing import GrowingLayer
@@ -26,16 +26,6 @@ def model_of(family, attention="sdpa"):
     """Four layers; one of Gemma's has a sliding window."""
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     return tiny(family, attention, num_hidden_layers=4, **({"layer_types": types} if "gemma" in family else {}))
-
-
-def generate(model, inputs, n=6, **kwargs):
-    return model.generate(**inputs, max_new_tokens=n, do_sample=False, **kwargs)
-
-
-def fingerprint(model):
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    per_module = [(name, sorted(m.__dict__), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()]
-    return per_module, model.config.to_dict(), model.config._attn_implementation, model.generation_config.to_dict()
 
 
 @ALL

@@ -10,23 +10,12 @@ from transformers.masking_utils import eager_mask
 
 import tokenthrift as tt
 from cache_plans import EACH, EACH_EVICTING, MERGING, METHODS, plan
-from tiny_models import FAMILIES, prompt, tiny
+from tiny_models import FAMILIES, fingerprint, generate, prompt, tiny
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import ReducedLayer
 
 ALL = pytest.mark.parametrize("family", FAMILIES)
 BOTH = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-
-
-def generate(model, inputs, n=6, **kwargs):
-    return model.generate(**inputs, max_new_tokens=n, do_sample=False, **kwargs)
-
-
-def fingerprint(model):
-    """Everything on a model that a session could have left behind."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    per_module = [(name, sorted(m.__dict__), [len(getattr(m, h)) for h in hooks]) for name, m in model.named_modules()]
-    return per_module, model.config.to_dict(), model.config._attn_implementation, model.generation_config.to_dict()
 
 
 @ALL

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -165,6 +166,37 @@ def _attention_over(base: str) -> Callable[..., Any]:
         return out
 
     return attention
+
+
+def real_tokens(mask: Tensor) -> Tensor:
+    """``(batch or 1, tokens)`` bool of a model's 4-D mask, boolean or additive: the last token sees every real one."""
+    last = mask[:, 0, -1, :]
+    return last if last.dtype == torch.bool else last == 0
+
+
+@contextmanager
+def answered_by(kind: str, modules: Iterable[nn.Module], attention_over: Callable[[str], Any]) -> Iterator[None]:
+    """While this is entered, a function of our own answers the modules' attention calls, and makes its masks itself.
+
+    Args:
+        kind: name of the function.
+        modules: attention modules with a ``transformers`` config.
+        attention_over: makes the function, given the implementation that the modules use otherwise.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    try:
+        for key, config in configs.items():
+            base = before[key].removeprefix(PREFIX)
+            name = f"{PREFIX}{kind}_{base}"
+            if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+                AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+                AttentionInterface.register(name, attention_over(base))
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
 
 
 def _replace_sdpa(module: nn.Module, attend: Attend, undo: ExitStack) -> None:

@@ -21,7 +21,7 @@ from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.view import Lazy, View
 from ..ops.gathered import gathered_attention
-from .attention import Run, replace_attention
+from .attention import Run, real_tokens, replace_attention
 from .growing import GrowingLayer
 
 if TYPE_CHECKING:
@@ -90,8 +90,7 @@ class Common:
         if mask is None:
             return None
         if self._mask is None or self._mask[0] is not mask:
-            row = mask[:, 0, -1]
-            row = row if row.dtype == torch.bool else row == 0
+            row = real_tokens(mask)
             self._mask = mask, None if bool(row.all()) else row
         return self._mask[1]
 

@@ -25,7 +25,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
-from .attention import watch_attention
+from .attention import real_tokens, watch_attention
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .lookahead import Lookahead
 from .rotary import rotary_of
@@ -257,12 +257,6 @@ def stored_view(layer: ReducedLayer, scaling: float, index: int, layers: int) ->
 
     view.offer("attention", attention)
     return view
-
-
-def real_tokens(mask: Tensor) -> Tensor:
-    """``(batch or 1, tokens)`` bool of the model's 4-D mask: the last token sees every real one."""
-    last = mask[:, 0, -1, :]
-    return last if last.dtype == torch.bool else last == 0
 
 
 def real_entries(layer: ReducedLayer) -> Tensor:

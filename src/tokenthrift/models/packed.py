@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..decoding.draft import Draft
-from .attention import BASES, PREFIX, is_replaced
+from .attention import BASES, PREFIX, answered_by, is_replaced
 from .kv import ReducedLayer, biased
 
 ROOM = 256
@@ -285,25 +284,12 @@ _current: ContextVar[PackedCache] = ContextVar("packed cache")
 @contextmanager
 def packed_attention(modules: Sequence[nn.Module], cache: PackedCache) -> Iterator[None]:
     """While this is entered, the modules' attention runs on the rows of ``cache``."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in modules}
-    before = {key: config._attn_implementation for key, config in configs.items()}
     token = _current.set(cache)
     try:
-        for key, config in configs.items():
-            config._attn_implementation_internal = _register(before[key].removeprefix(PREFIX))
-        yield
+        with answered_by("packed", modules, _attention_over):
+            yield
     finally:
         _current.reset(token)
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-def _register(base: str) -> str:
-    name = f"{PREFIX}packed_{base}"
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # the cache makes the masks
-        AttentionInterface.register(name, _attention_over(base))
-    return name
 
 
 def _attention_over(base: str) -> Any:

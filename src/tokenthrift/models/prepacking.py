@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.errors import ThriftError
 from ..ops.bins import pack_bins
-from .attention import BASES, PREFIX
+from .attention import BASES, PREFIX, answered_by
 from .decoder import DecoderAdapter
 
 ROW = 2048
@@ -271,25 +270,12 @@ _current: ContextVar[_Store] = ContextVar("packed prompts")
 @contextmanager
 def _packed_attention(adapter: DecoderAdapter, store: _Store) -> Iterator[None]:
     """While this is entered, attention runs on the prompts of ``store.segments`` one by one."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in adapter.attentions}
-    before = {key: config._attn_implementation for key, config in configs.items()}
     token = _current.set(store)
     try:
-        for key, config in configs.items():
-            config._attn_implementation_internal = _register(before[key].removeprefix(PREFIX))
-        yield
+        with answered_by("prompts", adapter.attentions, _attention_over):
+            yield
     finally:
         _current.reset(token)
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-def _register(base: str) -> str:
-    name = f"{PREFIX}prompts_{base}"
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # made for each prompt on its own
-        AttentionInterface.register(name, _attention_over(base))
-    return name
 
 
 def _attention_over(base: str) -> Any:
