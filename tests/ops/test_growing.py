@@ -18,7 +18,7 @@ def test_rows_are_the_concatenation_of_all_that_came():
 def test_appending_writes_in_place_until_the_room_is_used_up():
     buffer = Growing()
     first = buffer.append(torch.zeros(1, 2, 10, 4))
-    places = {buffer.append(torch.ones(1, 2, 1, 4)).data_ptr() for _ in range(200)}
+    places = {buffer.append(torch.ones(1, 2, 1, 4)).data_ptr() for _ in range(64)}
     assert places == {first.data_ptr()}
     assert buffer.holds(first)
     assert not buffer.holds(first.clone())
@@ -27,7 +27,7 @@ def test_appending_writes_in_place_until_the_room_is_used_up():
     for _ in range(3000):
         place = buffer.rows.data_ptr()
         copies += buffer.append(torch.ones(1, 2, 1, 4)).data_ptr() != place
-    assert copies <= 12
+    assert copies <= 28  # 64 rows up to 512, then an eighth more at a time
 
 
 def test_what_was_cut_is_written_over():

@@ -131,6 +131,7 @@ class CacheWatcher:
             layer = cache.layers[self.layer] = reduced_layer(key, value, map, view.mask, proportional=proportional)
             layer.queries = view.queries[:, :, -self.lookback :].clone() if self.lookback else None
             layer.received = layer.map.sizes(view.received) if self.counts else None
+            layer.room = self.every or None  # it is reduced before more than these come
             self.session.record(
                 "cache",
                 before=int(view.mask.sum()) * map.lead[-1],
@@ -146,7 +147,7 @@ class CacheWatcher:
             real = key.new_ones(key.shape[0], key.shape[-2]).bool() if mask is None else real_tokens(mask)
             old = key.shape[-2] - query.shape[-2]
             stored = cache.layers[self.layer] = ReducedLayer(key, value, everything, real.expand(key.shape[0], -1))
-            stored.map = TokenMap.identity(old, key.shape[:2], key.device)
+            stored.map, stored.room = TokenMap.identity(old, key.shape[:2], key.device), self.every
         self._follow(stored, query, key, scaling)
         if stored.fresh >= self.every:
             self._again(stored, scaling, start)

@@ -20,12 +20,16 @@ class GrowingLayer(DynamicLayer):
     Attributes:
         memory: what a method remembers of this layer's keys (summaries of pages, say), by name. Forgotten when entries
             go or rows change places.
+        room: entries to spare in new buffers; None for so many that copies stay rare.
     """
+
+    room: int | None = None
 
     def __init__(self, layer: DynamicLayer | None = None) -> None:
         super().__init__()
         self.memory: dict[str, Any] = {}
         self._buffers = [Growing(), Growing()]  # of keys, of values
+        self._views: list[Tensor | None] = [None, None]  # the rows that they gave last
         if layer is not None and layer.is_initialized:
             self.dtype, self.device = layer.dtype, layer.device
             self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
@@ -40,14 +44,18 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
+        if held is not None and held is self._views[which]:  # nobody touched it since
+            self._views[which] = rows = self._buffers[which].append(new)
+            return rows
         count = 0 if held is None or held.numel() == 0 else held.shape[-2]
         if held is not None and count and self._buffers[which].holds(held):
             self._buffers[which].cut(count)
         else:
-            self._buffers[which] = Growing()
+            self._buffers[which] = Growing(self.room)
             if held is not None and count:
                 self._buffers[which].append(held)
-        return self._buffers[which].append(new)
+        self._views[which] = rows = self._buffers[which].append(new)
+        return rows
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

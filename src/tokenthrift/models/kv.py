@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
 from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
+from .growing import GrowingLayer
 
 
 def reduced_layer(
@@ -25,7 +25,7 @@ def reduced_layer(
     return kind(keys, values, map, mask, proportional=proportional)
 
 
-class ReducedLayer(DynamicLayer):
+class ReducedLayer(GrowingLayer):
     """Keys and values after a reduction: evicted entries are gone, their memory is free.
 
     ``get_seq_length`` counts *seen* tokens, so that later tokens get their true positions; keys are stored after RoPE,
@@ -102,8 +102,8 @@ class ReducedLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        """Memory of the keys and values, with the room kept for tokens to come."""
+        return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]

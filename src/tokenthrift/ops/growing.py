@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROOM = 256
-"""Rows by which a full buffer grows at least; else by a quarter, so that copies stay rare however long it gets."""
+ROOM = 64
+"""Rows by which a full buffer grows at least; else by an eighth, so that copies stay rare however long it gets."""
 
 
 class Growing:
-    """Rows ``(..., rows, dim)`` in a buffer with room; :attr:`rows` is a view of those in use."""
+    """Rows ``(..., rows, dim)`` in a buffer with room; :attr:`rows` is a view of those in use.
 
-    def __init__(self) -> None:
+    Args:
+        room: rows to spare in a new buffer; by default so many that copies stay rare.
+    """
+
+    def __init__(self, room: int | None = None) -> None:
+        self._room = room
         self._buffer: Tensor | None = None
         self._count = 0
 
@@ -23,7 +28,7 @@ class Growing:
     def rows(self) -> Tensor:
         """``(..., count, dim)``, a view: it is not copied, and changes with what is appended after a cut."""
         assert self._buffer is not None, "nothing was appended yet"
-        return self._buffer[..., : self._count, :]
+        return self._buffer.narrow(-2, 0, self._count)
 
     def append(self, new: Tensor) -> Tensor:
         """Add ``(..., new, dim)``; returns all rows."""
@@ -32,12 +37,12 @@ class Growing:
         # A buffer made in inference mode cannot be written to outside of it.
         locked = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
         if buffer is None or end > buffer.shape[-2] or locked:
-            room = end + max(ROOM, end // 4)
-            grown = new.new_empty(*new.shape[:-2], room, new.shape[-1])
+            spare = max(ROOM, end // 8) if self._room is None else self._room
+            grown = new.new_empty(*new.shape[:-2], end + spare, new.shape[-1])
             if buffer is not None:
                 grown[..., : self._count, :] = self.rows
             self._buffer = buffer = grown
-        buffer[..., self._count : end, :] = new
+        buffer.narrow(-2, self._count, end - self._count).copy_(new)
         self._count = end
         return self.rows
 
