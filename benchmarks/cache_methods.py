@@ -1,0 +1,214 @@
+"""Every method of the cache, attention and prefill stages at three budgets: fidelity, recall, bytes, TTFT, ms/token.
+
+    python benchmarks/cache_methods.py --tokens 2048 4096 --out out/cache.jsonl
+    python benchmarks/cache_methods.py --peer-python PATH    # a Python of its own with kvpress==0.5.5
+
+The prompt is real text (the Python documentation that comes with Python, PSF licence) with eight facts spread over it.
+After every method the same is measured: how far the next tokens' distributions are from the unmodified model's on the
+text's own continuation, decoded token by token, and how many of the facts greedy decoding still recalls. The questions
+come after the prompt was reduced, so no method knows what will be asked. The unmodified model runs beside every plan,
+and so does kvpress for the methods that it has; they take turns, and ratios are of neighbours in time. Results are
+appended to ``--out`` as they come, and a run that was interrupted goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+from cache_probe import probe
+from decode_methods import first_layers
+
+import tokenthrift as tt
+
+KVPRESS = {
+    "cache=ada_kv(budget={b})": "AdaKVPress(SnapKVPress(compression_ratio={r}, window_size=32, kernel_size=5))",
+    "cache=expected_attention(budget={b})": "ExpectedAttentionPress(compression_ratio={r})",
+    "cache=h2o(budget={b}, recent=0, per_query=True)": "ObservedAttentionPress(compression_ratio={r})",
+    "cache=keydiff(budget={b})": "KeyDiffPress(compression_ratio={r})",
+    "cache=knorm(budget={b})": "KnormPress(compression_ratio={r})",
+    "cache=lagkv(budget={b}, lag=64)": "LagKVPress(compression_ratio={r}, n_sink=4, lag_size=64)",
+    "cache=pyramid_kv(budget={b})": "PyramidKVPress(compression_ratio={r}, window_size=8, kernel_size=5, beta=20)",
+    "cache=snapkv(budget={b})": "SnapKVPress(compression_ratio={r}, window_size=32, kernel_size=5)",
+    "cache=streaming_llm(budget={b})": "StreamingLLMPress(compression_ratio={r}, n_sink=4)",
+    "cache=tova(budget={b})": "TOVAPress(compression_ratio={r})",
+}
+"""Plans and what kvpress calls them; {b} is the budget, {r} the share that goes."""
+PLANS = (
+    *KVPRESS,
+    "cache=dapq(budget={b})",
+    "cache=ems(budget={b})",
+    "cache=h2o(budget={b})",
+    "cache=razor_attention(budget={b})",
+    "cache=speckv(budget={b})",
+    "cache=tree_kv(budget={b})",
+    "attention=fasa(budget={b})",
+    "attention=quest(budget={b})",
+    "attention=tidal_decode(budget={b})",
+    "attention=token_select(budget={b})",
+    "prefill=gemfilter(budget={b})",
+    "prefill=lazy_llm(keep={k})",
+    "prefill=specpc(model={draft!r}, budget={b})",
+    "prefill=token_sparse_attention(coverage=0.05, min_tokens={b})",
+)
+"""{k} is the share that stays, {draft} a model of the first quarter of the layers."""
+FACTS = ("harbour", "castle", "orchard", "library", "mountain", "bakery", "theatre", "garden")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="a pack or a folder")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--plans", nargs="+", default=list(PLANS))
+    parser.add_argument("--steps", type=int, default=24, help="tokens decoded; the first two are not timed")
+    parser.add_argument("--repeats", type=int, default=2, help="of the plans beside kvpress; the others run once")
+    parser.add_argument("--peer-python", help="a Python with kvpress==0.5.5")
+    parser.add_argument("--out", type=Path, default=Path("out/cache_methods.jsonl"))
+    args = parser.parse_args()
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    model, tokenizer = tt.load(args.model)
+    layers = model.config.num_hidden_layers // 4
+    draft = str(first_layers(model, tokenizer, layers, Path("out") / f"{Path(args.model).name}-first-{layers}"))
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(args.peer_python, args.model) if args.peer_python else None
+        for tokens in args.tokens:
+            ids, text, facts = made_prompt(tokenizer, tokens, args.steps)
+            reference = None
+            for plan in args.plans:
+                for budget in args.budgets:
+                    key = [tokens, plan, budget]
+                    if any(row["key"] == key for row in done):
+                        continue
+                    if reference is None:
+                        probe(model, ids[:256], text, [])  # warm-up
+                        full = probe(model, ids, text, facts)
+                        reference = full["logp"]
+                        torch.save(reference, f"{folder}/reference.pt")
+                    share = budget / tokens
+                    call = plan.format(b=budget, k=round(share, 4), draft=draft)
+                    press = KVPRESS[plan].format(r=1 - share) if peer is not None and plan in KVPRESS else None
+                    pairs = []
+                    for repeat in range(args.repeats if press else 1):
+                        asked = facts if repeat == 0 else []
+                        plain = probe(model, ids, text, [])
+                        with tt.apply(call, model):
+                            ours = probe(model, ids, text, asked, reference)
+                        theirs = peer.ask(press, ids, text, f"{folder}/reference.pt") if peer and press else {}
+                        pairs.append((plain, ours, theirs))
+                    row = {"key": key, "call": call.replace(draft, f"first {layers} layers"), "all": full["score"]}
+                    row |= row_of(pairs)
+                    done.append(row)
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(line(row), flush=True)
+    print_tables(args, done)
+
+
+def made_prompt(tokenizer: Any, tokens: int, steps: int) -> tuple[list[int], list[int], list[Any]]:
+    """Ids of a prompt with facts at eight depths, of how its text goes on, and questions with their answers."""
+    prose = "\n\n".join(sorted(topics.values(), key=len, reverse=True)[:8])
+    rng = random.Random(0)
+    codes = {place: str(rng.randint(1000, 9999)) for place in FACTS}
+    said = [tokenizer(f"\nThe secret code of the {p} is {code}.\n")["input_ids"] for p, code in codes.items()]
+    body = tokenizer(prose)["input_ids"]
+    room = tokens - sum(map(len, said))
+    ids: list[int] = []
+    for i, fact in enumerate(said):
+        start, end = (room * (2 * i - 1) // (2 * len(said)) if i else 0), room * (2 * i + 1) // (2 * len(said))
+        ids += body[start:end] + fact
+    ids += body[len(ids) - sum(map(len, said)) : room]
+    assert len(ids) == tokens
+    facts = []
+    for place, code in codes.items():
+        asked = tokenizer(f"\n\nThe secret code of the {place} is")["input_ids"]
+        both = tokenizer(f"\n\nThe secret code of the {place} is {code}")["input_ids"]
+        facts.append((asked, both[len(asked) :]))
+    return ids, body[room : room + steps], facts
+
+
+class Peer:
+    """kvpress in a process of its own, which waits while it is not asked."""
+
+    def __init__(self, python: str, model: str) -> None:
+        from tokenthrift.models.packs import PACKS, pack_path
+
+        folder = pack_path(model) if model in PACKS else Path(model)
+        script = str(Path(__file__).with_name("cache_probe.py"))
+        self.process = subprocess.Popen(
+            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self._send({"threads": torch.get_num_threads(), "model": str(folder)})
+
+    def ask(self, press: str, ids: list[int], text: list[int], reference: str) -> dict[str, Any]:
+        return self._send({"press": press, "ids": ids, "text": text, "reference": reference})
+
+    def _send(self, job: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the peer stopped at {job.get('press', 'its start')}: run cache_probe.py to see why")
+        return json.loads(answer)
+
+
+def row_of(pairs: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of the times, and of their ratios within a turn."""
+
+    def median(which: int, name: str) -> float:
+        return statistics.median(turn[which][name] for turn in pairs)
+
+    def ratio(name: str, to: int) -> float:
+        return statistics.median(turn[1][name] / turn[to][name] for turn in pairs)
+
+    first, ours, theirs = pairs[0]
+    row = {name: ours[name] for name in ("kl", "top1", "score", "bytes")}
+    row["bytes"] /= first["bytes"]
+    for name in ("ttft", "decode"):
+        row[name], row[f"{name}_full"] = median(1, name), ratio(name, 0)
+        if theirs:
+            row[f"{name}_peer"], row[f"{name}_to_peer"] = median(2, name), ratio(name, 2)
+    return row | ({"kl_peer": theirs["kl"], "bytes_peer": theirs["bytes"] / first["bytes"]} if theirs else {})
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    peer = "| | | | "
+    if "kl_peer" in row:
+        peer = f"| {row['kl_peer']:.3f} | {row['ttft_to_peer']:.2f}× | {row['decode_to_peer']:.2f}× "
+    return (
+        f"| `{row['call']}` | {row['kl']:.3f} | {row['top1']:.0%} | {row['score']:.0%} | {row['bytes']:.3f}× "
+        f"| {row['ttft']:.2f} | {row['ttft_full']:.2f}× | {row['decode'] * 1000:.1f} | {row['decode_full']:.2f}× {peer}|"
+    )
+
+
+def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    for tokens in args.tokens:
+        these = [row for row in rows if row["key"][0] == tokens]
+        if these:
+            print(
+                f"\n{args.model}, {tokens} tokens, float32, {torch.get_num_threads()} threads, transformers "
+                f"{transformers.__version__}; the unmodified model recalls {these[0]['all']:.0%} of the facts\n"
+            )
+            print(
+                "| plan | KL | top-1 | recall | KV bytes | TTFT s | vs full | decode ms/token | vs full "
+                "| kvpress: KL | TTFT, ours/theirs | decode, ours/theirs |"
+            )
+            print("|---|" + "--:|" * 11)
+            print("\n".join(map(line, these)))
+
+
+if __name__ == "__main__":
+    main()
