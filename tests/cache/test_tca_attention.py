@@ -63,6 +63,7 @@ def test_a_mass_gives_each_head_the_tokens_that_hold_it():
     assert sizes(0.75) == [30, 10]
     assert sizes(0.1) == [6, 6]  # sinks and window
     assert tca(mass=1.0, heads=TWO).reduce(view(n=40)).is_identity
+    assert tca(mass=0.9, budget=3, heads=TWO).mass == 0.9  # the budget is not read
 
 
 def test_rows_have_budgets_by_their_own_lengths():

@@ -41,10 +41,11 @@ class TCAAttention:
     Online, the text between the first tokens and the last ``window`` is cut into blocks. A block keeps fewer tokens the
     more redundant it is: the shares of blocks that keep 1, 2, 4, …, ``block`` are a Gaussian of the logarithm.
 
-    Partial: there is no public code, and the paper's text was not at hand in full. From it are the candidates for a
-    head's budget (the log-Gaussian shares), that a head's is found offline, and that redundancy decides online. Assumed
-    are the measure offline (attention kept, and one ``spread`` for all), that a block's redundancy is how little
-    attention it gets from the last ``window`` queries, which rank its tokens too, and that first and last tokens stay.
+    Partial: there is no public code, and of the paper only the abstract and a summary were at hand. From these are the
+    candidates for a head's budget (the log-Gaussian shares), that it is found offline in one forward, and that
+    redundancy decides online. Assumed are the measure offline (attention kept, and one ``spread`` for all), that a
+    block's redundancy is how little attention it gets from the last ``window`` queries, which rank its tokens too, and
+    that first and last tokens stay.
     Left out: prefill stays dense, and later tokens are kept, where the paper has both read core tokens only.
 
     Args:
@@ -73,7 +74,8 @@ class TCAAttention:
 
     def __post_init__(self) -> None:
         count = Budget.of(self.budget).count
-        if min(self.sinks, self.window - 1) < 0 or (count is not None and count <= self.sinks + self.window):
+        small = self.mass is None and count is not None and count <= self.sinks + self.window
+        if self.sinks < 0 or self.window < 1 or small:
             raise ThriftError(
                 f"{_NAME} needs sinks >= 0, window >= 1 and a budget above both together, got sinks={self.sinks}, "
                 f"window={self.window}, budget={self.budget}"
