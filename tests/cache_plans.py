@@ -17,6 +17,7 @@ _OPTIONS = {
     "ems": ", window=4, threshold=0.1",
     "speckv": ", window=4, lookahead=3",
     "razor_attention": ", sinks=2, least=0, heads=[]",
+    "tca_attention": ", sinks=2, window=4, block=4, heads='even'",
 }
 MERGING = {"ems", "razor_attention"}
 """Their entries may stand for several tokens, so that attention over them is none over a part of the prompt."""

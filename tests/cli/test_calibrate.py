@@ -77,6 +77,19 @@ def test_mistakes_in_calibrating_a_method(folder, call, said):
         CliRunner().invoke(app, [*call, "--model", str(folder)], catch_exceptions=False)
 
 
+@pytest.mark.parametrize("name", ["fasa", "tca_attention"])
+def test_options_of_a_text_that_the_model_writes(folder, tmp_path, name):
+    out = tmp_path / "found.json"
+    call = [name, "--model", str(folder), "--out", str(out), "--set", "tokens=40", "--set", "queries=5"]
+    more = {"fasa": "top=9", "tca_attention": "steps=4"}[name]
+    shown = CliRunner().invoke(app, [*call, "--set", more, "--json"])
+    assert shown.exit_code == 0, shown.exception
+    data = json.loads(out.read_text())["data"]
+    assert (data["tokens"], data["queries"], f"{more[:-2]}={data[more[:-2]]}") == (40, 5, more)
+    with tt.apply(f"{name}({'chunks' if name == 'fasa' else 'heads'}={str(out)!r})", tt.load(folder)[0]):
+        pass
+
+
 def test_help_says_what_can_be_set():
     assert "razor_attention" in CliRunner().invoke(app, ["--help"]).stdout
     shown = CliRunner().invoke(app, ["razor_attention", "--help"]).stdout

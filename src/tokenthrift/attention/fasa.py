@@ -84,12 +84,15 @@ class FASA:
         return replace(self, chunks=[[_best(head, self.keep) for head in layer] for layer in found if layer])
 
     @staticmethod
-    def calibrate(model: Any, *, progress: Callable[[int, int], None] | None = None, **options: Any) -> Calibration:
+    def calibrate(
+        model: Any, *, tokens: int = 1024, queries: int = 64, top: int = 128, seed: int = 0,
+        ids: Tensor | None = None, progress: Callable[[int, int], None] | None = None,
+    ) -> Calibration:  # fmt: skip
         """Score the model's chunks; see :func:`tokenthrift.models.frequency_chunks.score_chunks` for the options."""
-        found = score_chunks(model, progress=progress, **options)
-        plain = {name: value for name, value in options.items() if name != "ids"}
+        found = score_chunks(model, tokens=tokens, queries=queries, top=top, seed=seed, ids=ids, progress=progress)
         rounded = [[[round(x, 4) for x in head] for head in layer] for layer in found]
-        return Calibration.of("fasa", model, {**plain, "agreement": rounded})
+        data = {"tokens": tokens, "queries": queries, "top": top, "seed": seed, "agreement": rounded}
+        return Calibration.of("fasa", model, data)
 
     def select(self, view: View) -> Tensor | None:
         if view.keys.shape[-2] <= self.budget or view.layer < self.dense:

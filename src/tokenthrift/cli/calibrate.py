@@ -43,7 +43,7 @@ def _command_of(name: str) -> Any:
         hint = "it needs no calibration" if name in every else did_you_mean(name, ["vocabulary", *known])
         raise ThriftError(f"cannot calibrate '{name}': {hint}")
     calibrate = known[name].cls.calibrate  # type: ignore[attr-defined]
-    options = [p for p in inspect.signature(calibrate).parameters if p not in ("model", "progress")]
+    options = [p for p in inspect.signature(calibrate).parameters if p not in ("model", "progress", "ids")]
     single = typer.Typer()
 
     @single.command(name, help=f"Calibrate {name} for a model. Options for --set: {', '.join(options)}.")

@@ -68,7 +68,7 @@ def score_chunks(
         return _Agreement(queries, top, note)
 
     if ids is None:
-        ids = _written(model, tokens, seed)
+        ids = written(model, tokens, seed)
     with ExitStack() as undo, torch.inference_mode():
         watch_attention(modules, make, undo)
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
@@ -112,7 +112,7 @@ class _Agreement:
         self.note(agreement(query[0, :, -self.queries :], key[0], self.top))
 
 
-def _written(model: Any, tokens: int, seed: int) -> Tensor:
+def written(model: Any, tokens: int, seed: int) -> Tensor:
     """``(1, tokens)``: what the model writes when it may choose freely."""
     config = model.generation_config
     start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), 0)
