@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 
+from .gathered import gather_rows
+
 
 @dataclass(frozen=True, eq=False)
 class Reads:
@@ -130,6 +132,7 @@ def attend_reads(
     heads, n, _ = queries.shape
     if reads is None:
         return _attend(queries, keys, values, None, scaling), 1.0
+    keys, values = keys.contiguous(), values.contiguous()  # once, and not for every block that gathers rows
     edges, dense = reads.blocks.tolist(), (reads.recent == 0).tolist()
     out = queries.new_empty(heads, n, values.shape[-1])
     lead = next((i for i, whole in enumerate(dense) if not whole), len(dense))
@@ -137,7 +140,6 @@ def attend_reads(
     if lead:
         out[:, :stop] = _attend(queries[:, :stop], keys[:, :stop], values[:, :stop], None, scaling)
     visible = read = sum(end * (end - start) for start, end in pairwise(edges[: lead + 1]))
-    group = torch.arange(heads, device=keys.device)[:, None] // (heads // len(keys))
     for block in range(lead, len(dense)):
         start, stop = edges[block : block + 2]
         position = torch.arange(start, stop, device=keys.device)[:, None]
@@ -147,7 +149,10 @@ def attend_reads(
         else:
             index, counts = _columns(reads.of_block(block))
             count = int(counts.sum()) // len(counts)
-            k, v = (x[:, index[0]] if len(index) == 1 else x[group, index] for x in (keys, values))
+            if len(index) == 1:
+                k, v = (x.index_select(1, index[0]) for x in (keys, values))
+            else:
+                k, v = (gather_rows(x[None], index[None])[0] for x in (keys, values))
             seen = index[:, None] <= position
             if count < index.shape[1]:
                 seen &= torch.arange(index.shape[1], device=keys.device) < counts[:, None, None]
@@ -158,9 +163,12 @@ def attend_reads(
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
-    return scaled_dot_product_attention(
-        queries[None], keys[None], values[None], seen, is_causal=seen is None, scale=scaling, enable_gqa=True
-    )[0]
+    q, k, v = queries[None], keys[None], values[None]
+    if seen is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)[0]
+    # With a mask of three dimensions the matrices would be made after all.
+    seen = seen.view(1, -1, *seen.shape[-2:])
+    return scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True)[0]
 
 
 def _columns(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,25 +29,28 @@ class DHSA:
 
     A block of queries and a chunk of keys are each known by one vector, the sum of their tokens over the root of their
     number. The product of the two is the score of the chunk and of each of its tokens; the block reads the best-scored
-    tokens up to the budget. A chunk that does not fit is cut. Causality is exact, the cache and all positions are those
-    of the whole prompt, and blocks whose budget covers all that they see, and the last block, are dense. Decoding is
-    dense, as in the authors' code. The three patterns:
+    tokens up to the budget, and cuts the chunk that does not fit. Causality is exact, and the cache and all positions
+    are those of the whole prompt. Blocks whose budget covers all that they see are dense. So is decoding, as in the
+    authors' code, and layers with a sliding window stay as they are. There are three patterns:
 
-    - ``"chunks"``: chunks of different lengths, which end where the text turns; one choice for all heads; the first and
-      the nearest tokens are always read. **Assumed**: the paper predicts the ends with a small trained network. This
-      needs no training: chunks end where the cosine between the mean keys on either side is lowest. The first tokens
-      take their place before the others are scored; in the authors' code they push out the earliest chosen.
-    - ``"a_shape"``: chunks of one length, each head chooses for itself; the first and the newest chunk are always read,
-      and the last block is like all others.
-    - ``"vertical_slash"``: the same, but the last block of queries chooses: chunks that it likes are good for all
-      blocks (half of the budget), and so are chunks as far away as those that it likes. All chunks of the block itself
-      are read. Blocks that begin within the budget are dense.
+    - ``"chunks"``: chunks of different lengths, which end where the text turns, and one choice for all heads. The first
+      and the nearest tokens are always read; the last block is dense. **Assumed**: the paper predicts the ends with a
+      small trained network. This needs no training: chunks end where the cosine between the mean keys on either side
+      is lowest. Given the ends, the choice is that of the authors' first code with ``sinks=0``; their first tokens
+      displace the earliest chosen, here these are set aside before the others are ranked.
+    - ``"a_shape"``: chunks of one length, and each head chooses for itself, as in the authors' newer code. The first
+      and the newest chunk are always read.
+    - ``"vertical_slash"``: the same, but the last block of queries chooses: the chunks that it likes are good for all
+      blocks, and so are those as far from them as the ones that it likes are from it. A block's own chunks are always
+      read; the last block, and those that begin within the budget, are dense.
 
-    Given the ends of the chunks, all three choose what the authors' code does, for prompts of whole blocks and chunks.
+    The last two choose what the authors' code does for prompts of whole blocks and chunks; others are filled up there,
+    and here the first block and the last chunk are shorter.
 
     Args:
-        budget: keys that a block reads: a count, or a ratio in (0, 1] of the prompt.
-        block: queries that choose together. Blocks are counted from the prompt's end.
+        budget: keys that a block reads: a count, or a ratio in (0, 1] of the prompt. What is
+            always read is read also where a small ratio of a short prompt is less.
+        block: queries that choose together, counted from the prompt's end.
         chunk: tokens in a chunk, on average for ``"chunks"``.
         pattern: one of the three.
         sinks: for ``"chunks"``: how many first tokens are always read.
