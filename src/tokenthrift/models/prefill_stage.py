@@ -5,6 +5,7 @@ and hands it to the runtime of the method's ``place``:
 
 - ``"rows"``: prompts are rearranged, none of them is cut (:mod:`.prepacking`);
 - ``"heads"``: in the attention of some layers, each head leaves tokens out;
+- ``"blocks"``: in the attention of the layers without a window, each block of queries reads some of the keys;
 - ``"layers"``: after some layers, tokens are left behind (:mod:`.lazy_stage`);
 - ``"prompt"``: some tokens are kept, and the model reads these as a shorter prompt (:mod:`.shortened`).
 """
@@ -29,6 +30,7 @@ from ..core.session import Session
 from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attend_selected, attention_rows
+from ..ops.chunk_attention import attend_reads
 from .attention import Attend, Run, replace_attention, watching_instead
 from .draft_attention import draft_attention, draft_for
 from .lazy_stage import install_lazy
@@ -63,6 +65,11 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
         _check_plain_attention(adapter, name)
         method.sparse_layers(len(adapter.attentions))  # refuses layers that are not there
         runtime = partial(_thin_out, adapter, method, session)
+    elif method.place == "blocks":
+        _check_plain_attention(adapter, name)
+        if not _full_layers(adapter):
+            raise ThriftError(f"every layer of {type(adapter.model).__name__} has a window: {name} has nothing to do")
+        runtime = partial(_read_sparsely, adapter, method, session)
     elif method.place == "layers":
         if {"cache", "decode"} & set(stages):
             raise ThriftError(f"prefill={name} has a cache of its own kind: leave out cache=... and decode=...")
@@ -167,9 +174,15 @@ def _check_plain_attention(adapter: DecoderAdapter, name: str) -> None:
             )
 
 
-def _thin_out(adapter: DecoderAdapter, method: Any, session: Session, call: Call, real: Tensor, plain: Forward) -> Any:
+def _full_layers(adapter: DecoderAdapter) -> list[int]:
+    """The layers whose attention has no window."""
     windows = adapter.costs.windows or (None,) * len(adapter.attentions)
-    layers = [i for i in method.sparse_layers(len(adapter.attentions)) if windows[i] is None]
+    return [i for i, window in enumerate(windows) if window is None]
+
+
+def _thin_out(adapter: DecoderAdapter, method: Any, session: Session, call: Call, real: Tensor, plain: Forward) -> Any:
+    full = _full_layers(adapter)
+    layers = [i for i in method.sparse_layers(len(adapter.attentions)) if i in full]
     session.start_maps("prefill")
 
     def make(module: Any) -> Attend:
@@ -208,6 +221,57 @@ def _attend_thinned(
     full, small = (attention_flops(m, m, heads, query.shape[-1]) for m in (n, map.n_out))
     session.flops -= len(query) * (full - small)
     return attend_selected(query, key, value, map, scaling)
+
+
+# ---- blocks: keys that blocks of queries read ------------------------------------------------------------------------
+
+
+def _read_sparsely(
+    adapter: DecoderAdapter, method: Any, session: Session, call: Call, real: Tensor, plain: Forward
+) -> Any:
+    lengths = real.sum(1).tolist()
+
+    def make(module: Any) -> Attend:
+        return partial(_attend_blocks, adapter, method, session, lengths, int(module.layer_idx))
+
+    with ExitStack() as undo:
+        replace_attention([adapter.attentions[i] for i in _full_layers(adapter)], make, undo)
+        return plain(**call)
+
+
+def _attend_blocks(
+    adapter: DecoderAdapter,
+    method: Any,
+    session: Session,
+    lengths: list[int],
+    layer: int,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """One layer's attention, ``(batch, heads, tokens, dim)``; each row without its padding, on the left."""
+    start = perf_counter()
+    heads, width = query.shape[1:3]
+    rows, chosen = [], []
+    for row, n in enumerate(lengths):
+        rows.append(tuple(t[row, :, width - n :] for t in (query, key, value)))
+        view = View(queries=rows[-1][0][None], keys=rows[-1][1][None], layer=layer, layers=len(adapter.attentions))
+        chosen.append(method.select(view.require(method.info.needs)))
+    seconds = perf_counter() - start
+    before, after, out = sum(lengths) * heads, 0.0, query
+    if all(reads is None for reads in chosen):
+        after, out = before, run(query, key, value, mask)
+    else:
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
+        for row, n, (q, k, v), reads in zip(range(len(rows)), lengths, rows, chosen, strict=True):
+            out[row, :, width - n :], share = attend_reads(q, k, v, reads, scaling)
+            after += n * heads * share
+            session.flops -= (1 - share) * attention_flops(n, n, heads, query.shape[-1])
+    session.record("prefill", before=before, after=round(after), seconds=seconds)
+    return out
 
 
 # ---- layers: tokens left behind -------------------------------------------------------------------------------------
