@@ -131,6 +131,8 @@ def test_the_layers_hold_what_is_left_and_nothing_else():
     assert session.provenance()["prefill"].kept.equal(before)
     record = session.report().stages["prefill"]
     assert (record.tokens_before, record.tokens_after) == (8 * 67, 2 * 67 + 2 * 52 + 3 * 35 + 20)
+    assert (record.bytes_before, record.bytes_after) == (2 * 2 * 2 * 8 * 4 * 320, 2 * 2 * 2 * 8 * 4 * sum(LEFT))
+    assert record.bytes_after == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert record.extra["heads_left"] == 3
 
 

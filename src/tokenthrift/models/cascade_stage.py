@@ -156,8 +156,7 @@ class Cascade:
         if self.given:
             kwargs = {**kwargs, **self.given}
         hidden = plain(hidden, *args, **kwargs)
-        self._store(index)
-        self._count(index, hidden.shape[1])
+        self._count(hidden.shape[1], self._store(index))
         if index in self.head_ends:
             self._drop_heads(index)
         if index in self.token_ends:
@@ -168,24 +167,33 @@ class Cascade:
             hidden = self.stopped
         return hidden
 
-    def _store(self, index: int) -> None:
-        """Let the cache know what the layer's entries are."""
+    def _store(self, index: int) -> int:
+        """Let the cache know what the layer's entries are; returns their bytes."""
         held = None if self.cache is None else self.cache.layers[index]
-        if not isinstance(held, DynamicLayer) or (self.columns is None and self.kept_heads is None):
-            return
+        if not isinstance(held, DynamicLayer):
+            return 0
         assert self.cache is not None and self.real is not None and held.keys is not None and held.values is not None
-        n = self.real.shape[1]
+        size, n = held.keys.nbytes + held.values.nbytes, self.real.shape[1]
+        if self.columns is None and self.kept_heads is None:
+            return size
         columns = torch.arange(n, device=held.keys.device).expand(self.real.shape)
         columns = columns if self.columns is None else self.columns
         self.cache.layers[index] = CascadeLayer(held.keys, held.values, columns, self.there, n, self.kept_heads)
+        return size
 
-    def _count(self, index: int, computed: int) -> None:
+    def _count(self, computed: int, size: int) -> None:
         assert self.real is not None
         costs, (batch, n) = self.adapter.costs, self.real.shape
         heads = costs.heads if self.kept_heads is None else self.kept_heads.shape[1]
         saved = (n - computed) * costs.per_token / costs.layers + attention_flops(n, n, costs.heads, costs.head_dim)
         self.session.flops -= batch * (saved - attention_flops(computed, computed, heads, costs.head_dim))
-        self.session.record("prefill", before=int(self.real.sum()), after=int(self.there.sum()))
+        self.session.record(
+            "prefill",
+            before=int(self.real.sum()),
+            after=int(self.there.sum()),
+            bytes_before=size // computed * n,
+            bytes_after=size,
+        )
 
     def _drop_tokens(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         start, real = perf_counter(), self.real

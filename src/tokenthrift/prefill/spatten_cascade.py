@@ -45,7 +45,8 @@ class SpAttenCascade:
     first layers read the whole cache for each new token. Of the dropped heads, only attention is not computed: queries,
     keys and values still are. The progressive quantization of keys is **simulated**: it changes the result and counts
     how often all bits were needed, and saves nothing. Logits of dropped prompt tokens are read off where they stopped.
-    The sums of attention cost as much as the attention of the layers up to the last one that drops tokens.
+    The sums of attention cost as much as the attention of the layers up to the last one that drops tokens; under a
+    causal mask they favour early tokens, so that a small ``keep`` can lose the question at the end of a prompt.
 
     Args:
         keep: share of the prompt's tokens that is left in the end, in (0, 1].
