@@ -12,6 +12,7 @@ _OPTIONS = {
     "ada_kv": ", base='snapkv(window=4)'",
     "lagkv": ", sinks=2, lag=5",
     "tree_kv": ", sinks=2, block=2",
+    "spatten": ", sinks=2",
     "expected_attention": ", sinks=2, future=16",
     "dapq": ", queries=4",
     "ems": ", window=4, threshold=0.1",

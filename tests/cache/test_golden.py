@@ -134,6 +134,27 @@ def test_h2o_keeps_what_the_authors_code_keeps():
     np.testing.assert_allclose(score.numpy(), data["score_after_prefill"], atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_spatten_keeps_what_the_authors_code_keeps(layer):
+    """mit-han-lab/spatten-llm; its ``coming`` tokens take their room from the newest entries.
+
+    It is given attention that is not causal, so the view is made of that and not of queries.
+    """
+    data = np.load(GOLDEN / "spatten_llm_cache.npz")
+    start, recent, important, coming = (
+        int(data[k]) for k in ("start_size", "recent_size", "important_size", "num_coming")
+    )
+    keys, values, attention = (torch.tensor(data[k][layer]) for k in ("keys", "values", "attn"))
+    real = torch.ones(1, keys.shape[2], dtype=torch.bool)
+    newest = recent - coming
+    budget = start + important + newest
+    spatten = method(f"spatten(budget={budget}, sinks={start}, recent={newest / budget})")
+    map = spatten.reduce(tt.View(received=attention.sum(-2), mask=real))
+    np.testing.assert_array_equal(map.apply(keys).numpy(), data["out_keys"][layer])
+    np.testing.assert_array_equal(map.apply(values).numpy(), data["out_values"][layer])
+    assert not map.source.equal(map.source[:, :1].expand_as(map.source))  # or heads would not choose for themselves
+
+
 @pytest.mark.parametrize(("removed", "budget"), [(50, 32), (80, 12)])
 def test_ada_kv_drops_what_kvpress_masks(llama, removed, budget):
     """There, what a head does not get is masked and stays in memory; here it is gone."""

@@ -102,6 +102,15 @@ def test_h2o_per_query_lets_a_late_token_win():
     assert kept("h2o(budget=1, recent=0, per_query=True)", v).tolist() == [[[15]] * 2]
 
 
+def test_spatten_keeps_both_ends_and_the_most_attended_between():
+    v = view(mask=left_padding(20, [3]))
+    best = [sorted((6 + head[6:15].topk(2).indices).tolist()) for head in v.received[0]]
+    want = [[[3, 4, 5, *middle, 15, 16, 17, 18, 19]] for middle in best]
+    assert kept("spatten(budget=10, sinks=3, recent=0.5)", v)[0].tolist() == [head[0] for head in want]
+    assert kept("spatten(budget=4, sinks=3, recent=1.0)", v).tolist() == [[[3, 4, 5, 19]] * 2]  # the sinks come first
+    assert kept("spatten(budget=0.1, sinks=3)", v).shape == (1, 2, 2)
+
+
 def test_lagkv_shares_the_budget_between_partitions():
     index = kept("lagkv(budget=18, sinks=2, lag=8)", view(n=2 + 4 * 8))[0]  # 2 sinks, 8 of the tail, 8 of 3 partitions
     for head in index.tolist():
@@ -257,6 +266,10 @@ def test_half_precision_is_scored_like_single(name):
         "tree_kv(budget=4)",
         "tree_kv(recent=2)",
         "tree_kv(block=0)",
+        "spatten(sinks=-1)",
+        "spatten(budget=4)",
+        "spatten(recent=1.1)",
+        "spatten(budget=0.5, every=2)",
         "ada_kv(safeguard=1.5)",
         "ada_kv(base=pyramid_kv)",
         "ada_kv(base=prompt_lookup)",

@@ -103,6 +103,13 @@ def test_flops_are_those_of_what_is_computed():
     assert session.provenance()["prefill"].n_out == sizes[-1] == 12
 
 
+def test_provenance_is_what_the_last_layers_know():
+    model = made("llama")
+    with tt.apply(PLAN, model) as session, torch.no_grad():
+        cache = model(**prompt(length=40, pad=13), use_cache=True).past_key_values
+    assert session.provenance()["prefill"].kept.equal(cache.layers[4].lazy.known[2])
+
+
 @FAMILIES
 @BOTH
 def test_keeping_everything_is_bit_identical_and_leaves_no_trace(family, attention):

@@ -31,6 +31,9 @@ class View:
     ``received``     cache                              ``(batch, kv_heads, tokens)``, attention from all queries so
                                                         far, mean over the query heads that share a head
     ``asked``        cache                              ``(batch, kv_heads, tokens)``, how many queries those were
+    ``importance``   prefill                            ``(batch, tokens)``, attention received from all queries, summed
+                                                        over heads and over the layers so far; ``lengths`` ``(batch,)``
+                                                        the real tokens that the prompt had
     ``again``        cache                              whether what an earlier call kept is reduced once more; the
                                                         tokens are then cache entries, and there are no ``queries``,
                                                         ``rotary`` and ``positions``

@@ -238,7 +238,8 @@ class Floors:
             "prefill", before=before, after=int(wanted.sum()) if self.prefill else 0, seconds=perf_counter() - start
         )
         if self.prefill:
-            self.session.add_map("prefill", map)
+            # The floor's tokens are aligned to the right, those of a map to the left.
+            self.session.add_map("prefill", map if whole else TokenMap.select(_columns(kept), map.n_in))
         else:
             record.extra["revived"] = record.extra.get("revived", 0) + int(fresh.sum())
         return torch.cat([revived, hidden[:, hidden.shape[1] - late :]], dim=1)

@@ -7,6 +7,7 @@ and hands it to the runtime of the method's ``place``:
 - ``"heads"``: in the attention of some layers, each head leaves tokens out;
 - ``"blocks"``: in the attention of the layers without a window, each block of queries reads some of the keys;
 - ``"layers"``: after some layers, tokens are left behind (:mod:`.lazy_stage`);
+- ``"cascade"``: after some layers, tokens and heads are dropped (:mod:`.cascade_stage`);
 - ``"prompt"``: some tokens are kept, and the model reads these as a shorter prompt (:mod:`.shortened`).
 """
 
@@ -32,6 +33,7 @@ from ..core.view import Lazy, View
 from ..ops.attention import attend_selected, attention_rows
 from ..ops.chunk_attention import attend_reads
 from .attention import Attend, Run, replace_attention, watching_instead
+from .cascade_stage import install_cascade
 from .draft_attention import draft_attention, draft_for
 from .lazy_stage import install_lazy
 from .prepacking import check_packable, fill, prefill_rows
@@ -74,6 +76,14 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
         if {"cache", "decode"} & set(stages):
             raise ThriftError(f"prefill={name} has a cache of its own kind: leave out cache=... and decode=...")
         runtime = partial(_go_lazily, adapter, session, install_lazy(adapter, method, session, undo))
+    elif method.place == "cascade":
+        if {"cache", "attention", "decode"} & set(stages):
+            raise ThriftError(
+                f"prefill={name} decides what the cache holds: leave out cache=..., attention=... and decode=..."
+            )
+        if method.own_attention:
+            _check_plain_attention(adapter, name)
+        runtime = partial(_go_down, adapter, session, install_cascade(adapter, method, session, undo))
     else:
         if "decode" in stages:
             raise ThriftError(f"drafts cannot be verified over a prompt that {name} shortened: leave out decode=...")
@@ -297,6 +307,29 @@ def _go_lazily(
     if not _wants_cache(adapter, call) and hasattr(out, "past_key_values"):
         out.past_key_values = None
     return out
+
+
+# ---- cascade: tokens and heads dropped ------------------------------------------------------------------------------
+
+
+def _go_down(
+    adapter: DecoderAdapter,
+    session: Session,
+    run: Callable[[Callable[[], Any], DynamicCache | None, Tensor], Any],
+    call: Call,
+    real: Tensor,
+    plain: Forward,
+) -> Any:
+    session.start_maps("prefill")
+    if not _wants_cache(adapter, call):
+        return run(lambda: plain(**call), None, real)
+    held = _empty_cache(adapter, call)
+    if held is None:
+        raise ThriftError(
+            f"tokens cannot be dropped from a {type(call['past_key_values']).__name__}; use the default cache "
+            "(no cache_implementation, no quantized or offloaded cache)"
+        )
+    return run(lambda: plain(**{**call, "past_key_values": held}), held, real)
 
 
 # ---- prompt: a shorter one ------------------------------------------------------------------------------------------
