@@ -5,10 +5,10 @@
 
 The prompt is real text (the Python documentation that comes with Python, PSF licence) with eight facts spread over it.
 After every method the same is measured: how far the next tokens' distributions are from the unmodified model's on the
-text's own continuation, decoded token by token, and how many of the facts greedy decoding still recalls. The questions
-come after the prompt was reduced, so no method knows what will be asked. The unmodified model runs beside every plan,
-and so does kvpress for the methods that it has; they take turns, and ratios are of neighbours in time. Results are
-appended to ``--out`` as they come, and a run that was interrupted goes on there.
+text's own continuation, decoded token by token, and how many of the facts greedy decoding still recalls. The prompt's
+last line says what will be asked. The unmodified model runs beside every plan, and so does kvpress for the methods that
+it has; they take turns, and ratios are of neighbours in time. Results are appended to ``--out`` as they come, and a run
+that was interrupted goes on there.
 """
 
 from __future__ import annotations
@@ -49,14 +49,18 @@ PLANS = (
     "cache=ems(budget={b})",
     "cache=h2o(budget={b})",
     "cache=razor_attention(budget={b})",
+    "cache=spatten(budget={b})",
     "cache=speckv(budget={b})",
+    "cache=tca_attention(budget={b})",
     "cache=tree_kv(budget={b})",
     "attention=fasa(budget={b})",
     "attention=quest(budget={b})",
     "attention=tidal_decode(budget={b})",
     "attention=token_select(budget={b})",
+    "prefill=dhsa(budget={b})",
     "prefill=gemfilter(budget={b})",
     "prefill=lazy_llm(keep={k})",
+    "prefill=spatten_cascade(keep={k})",
     "prefill=specpc(model={draft!r}, budget={b})",
     "prefill=token_sparse_attention(coverage=0.05, min_tokens={b})",
 )
@@ -100,10 +104,15 @@ def main() -> None:
                     call = plan.format(b=budget, k=round(share, 4), draft=draft)
                     press = KVPRESS[plan].format(r=1 - share) if peer is not None and plan in KVPRESS else None
                     pairs = []
+                    try:
+                        session = tt.apply(call, model)
+                    except tt.ThriftError as error:
+                        print(f"# {call}: {error}")
+                        continue
                     for repeat in range(args.repeats if press else 1):
                         asked = facts if repeat == 0 else []
                         plain = probe(model, ids, text, [])
-                        with tt.apply(call, model):
+                        with session:
                             ours = probe(model, ids, text, asked, reference)
                         theirs = peer.ask(press, ids, text, f"{folder}/reference.pt") if peer and press else {}
                         pairs.append((plain, ours, theirs))
@@ -123,12 +132,13 @@ def made_prompt(tokenizer: Any, tokens: int, steps: int) -> tuple[list[int], lis
     codes = {place: str(rng.randint(1000, 9999)) for place in FACTS}
     said = [tokenizer(f"\nThe secret code of the {p} is {code}.\n")["input_ids"] for p, code in codes.items()]
     body = tokenizer(prose)["input_ids"]
-    room = tokens - sum(map(len, said))
+    last = f"\n\nRemember the codes of the {', the '.join(FACTS[:-1])} and the {FACTS[-1]} as you read on:\n\n"
+    end = tokenizer(last)["input_ids"]
+    room = tokens - sum(map(len, said)) - len(end)
     ids: list[int] = []
     for i, fact in enumerate(said):
-        start, end = (room * (2 * i - 1) // (2 * len(said)) if i else 0), room * (2 * i + 1) // (2 * len(said))
-        ids += body[start:end] + fact
-    ids += body[len(ids) - sum(map(len, said)) : room]
+        ids += body[room * (2 * i - 1) // (2 * len(said)) if i else 0 : room * (2 * i + 1) // (2 * len(said))] + fact
+    ids += body[len(ids) - sum(map(len, said)) : room] + end
     assert len(ids) == tokens
     facts = []
     for place, code in codes.items():

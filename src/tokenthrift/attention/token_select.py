@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError
@@ -56,10 +56,10 @@ class TokenSelect:
         batch, kv_heads, n, _ = view.keys.shape
         if n <= self.budget:
             return None
-        voted, arange = self._voted(view), torch.arange(n, device=view.keys.device)
+        voted, device = self._voted(view), view.keys.device
         if view.mask is None:
-            ends = torch.cat([arange[: self.sinks], arange[n - self.local :]]).expand(batch, -1)
-            chosen = torch.cat([ends, voted], dim=-1)
+            ends = torch.arange(self.sinks, device=device), torch.arange(n - self.local, n, device=device)
+            chosen = torch.cat([*(end.expand(batch, -1) for end in ends), voted], dim=-1)
         else:  # a short row has been voted out of candidates: it reads each of its tokens once
             score = self._fixed(view.mask).to(torch.float32).scatter_(-1, voted, 1.0) + view.mask
             chosen = score.topk(self.budget, sorted=False).indices
@@ -67,15 +67,15 @@ class TokenSelect:
 
     def _voted(self, view: View) -> Tensor:
         """``(batch, budget - sinks - local)``: by a new vote in the rows that need one."""
-        asked = view.queries.flatten(1).to(torch.float32)
+        asked = normalize(view.queries.flatten(1).to(torch.float32), dim=-1)
         last: tuple[Tensor, Tensor] | None = view.memory.get("vote")
-        if last is None:
-            view.memory["vote"] = last = asked, self._vote(view)
-        else:
-            again = (cosine_similarity(asked, last[0]) < self.similarity).unsqueeze(-1)
-            if bool(again.any()):
-                last = torch.where(again, asked, last[0]), torch.where(again, self._vote(view), last[1])
-                view.memory["vote"] = last
+        again = None if last is None else (asked * last[0]).sum(-1) < self.similarity
+        if last is None or again is None or bool(again.all()):
+            last = asked, self._vote(view)
+        elif bool(again.any()):
+            rows = again.unsqueeze(-1)
+            last = torch.where(rows, asked, last[0]), torch.where(rows, self._vote(view), last[1])
+        view.memory["vote"] = last
         return last[1]
 
     def _vote(self, view: View) -> Tensor:
