@@ -61,7 +61,10 @@ class AdaKV:
             )
         if getattr(steps[0].method, "every", 0):
             raise ThriftError(f"ada_kv reduces once: leave 'every' out of its base '{self.base}'")
-        return replace(steps[0].method, budget=self.budget)
+        try:
+            return replace(steps[0].method, budget=self.budget)
+        except ThriftError as error:
+            raise ThriftError(f"ada_kv gives its base its own budget, and {error}") from None
 
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape

@@ -23,6 +23,7 @@ from ..core.view import Lazy, View
 from ..ops.gathered import gathered_attention
 from .attention import Run, real_tokens, replace_attention
 from .growing import GrowingLayer
+from .layer_kinds import check_kinds
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -34,8 +35,8 @@ def install_attention(adapter: DecoderAdapter, method: Any, session: Session, un
     A method that has to know something of the model beforehand has ``bind``: given the model, the method to use.
 
     Raises:
-        ThriftError: the plan also has a cache or decode stage, or every layer has a sliding window; what ``bind``
-            raises.
+        ThriftError: the plan also has a cache or decode stage, a layer keeps something else than keys and values, or
+            every layer has a sliding window; what ``bind`` raises.
     """
     if session.plan.at("cache"):
         raise ThriftError(
@@ -46,6 +47,7 @@ def install_attention(adapter: DecoderAdapter, method: Any, session: Session, un
             "decode= and attention= cannot be combined: a forward that verifies drafts reads the whole cache, so its "
             "tokens would not be those of selective attention"
         )
+    check_kinds(adapter.model, f"attention={method.info.name}", states=True)
     layers = DynamicCache(config=adapter.model.config).layers
     full = [  # some models' last layers have no place in the cache: they read another's
         m

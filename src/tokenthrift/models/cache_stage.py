@@ -27,6 +27,7 @@ from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
 from .attention import real_tokens, watch_attention
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
+from .layer_kinds import check_kinds
 from .lookahead import Lookahead
 from .rotary import rotary_of
 
@@ -41,9 +42,10 @@ def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: 
     that has ``draft``, prompts run together with the tokens that it gives; see :mod:`tokenthrift.models.lookahead`.
 
     Raises:
-        ThriftError: every layer has a sliding window, so there is nothing to reduce; the method goes on reducing while
-            drafts may still be taken back; what ``bind`` raises.
+        ThriftError: a layer keeps something else than keys and values, or every layer has a sliding window, so there is
+            nothing to reduce; the method goes on reducing while drafts may still be taken back; what ``bind`` raises.
     """
+    check_kinds(adapter.model, f"cache={method.info.name}", states=True)
     if getattr(method, "every", 0) and "decode" in session.plan.stages:
         raise ThriftError(
             f"{method.info.name}(every={method.every}) cannot run beside a decode stage, which may take tokens back: "

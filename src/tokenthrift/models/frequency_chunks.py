@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..core.errors import ThriftError
 from .attention import watch_attention
 from .decoder import context_length, find_attentions
+from .layer_kinds import check_kinds
 
 
 def score_chunks(
@@ -44,8 +45,10 @@ def score_chunks(
         ``[layer][kv_head][pair]``. Layers with a sliding window have no heads here.
 
     Raises:
-        ThriftError: numbers that do not fit each other, or a text longer than the model's positions.
+        ThriftError: numbers that do not fit each other, or a text longer than the model's positions; a model whose
+            layers keep something else than keys and values.
     """
+    check_kinds(model, "the search for frequency chunks", states=True)
     for option, value in {"tokens": tokens, "queries": queries, "top": top, "seed": seed}.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise ThriftError(f"frequency chunks are scored with a whole number as {option}, not {value!r}")

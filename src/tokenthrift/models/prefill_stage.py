@@ -35,6 +35,7 @@ from ..ops.chunk_attention import attend_reads
 from .attention import Attend, Run, replace_attention, watching_instead
 from .cascade_stage import install_cascade
 from .draft_attention import draft_attention, draft_for
+from .layer_kinds import check_kinds
 from .lazy_stage import install_lazy
 from .prepacking import check_packable, fill, prefill_rows
 from .shortened import ShortenedCache, shorten
@@ -55,9 +56,11 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
     """Answer prompts with ``method`` until ``undo`` closes.
 
     Raises:
-        ThriftError: a method that the model, or another stage of the plan, has no room for.
+        ThriftError: a method that the model, or another stage of the plan, has no room for; a layer that keeps
+            something else than keys and values.
     """
     stages, name = session.plan.stages, method.info.name
+    check_kinds(adapter.model, f"prefill={name}", states=method.place == "heads")
     if method.place == "rows":
         check_packable(adapter)
         if "cache" in stages:

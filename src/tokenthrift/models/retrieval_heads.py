@@ -14,6 +14,7 @@ from ..core.errors import ThriftError
 from ..ops.attention import attention_rows
 from .attention import watch_attention
 from .decoder import context_length, find_attentions
+from .layer_kinds import check_kinds
 
 _ROWS = 128  # of attention, that exist at once
 
@@ -43,8 +44,10 @@ def score_heads(
         cache method touches, have none.
 
     Raises:
-        ThriftError: a block of less than 2 tokens, fewer than 2 repeats, or a text longer than the model's positions.
+        ThriftError: a block of less than 2 tokens, fewer than 2 repeats, or a text longer than the model's positions;
+            a model whose layers keep something else than keys and values.
     """
+    check_kinds(model, "the search for retrieval heads", states=True)
     for option, value in {"block": block, "repeats": repeats, "seed": seed}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ThriftError(f"retrieval heads are scored with a whole number as {option}, not {value!r}")
