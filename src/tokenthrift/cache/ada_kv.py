@@ -15,6 +15,7 @@ from ..core.plan import Plan
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top_of_all_heads
+from .repeated import check_every
 
 
 @method(
@@ -22,28 +23,32 @@ from ..ops.topk import keep_top_of_all_heads
     stage="cache",
     paper="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",
     arxiv="2407.11550",
-    needs=("keys", "mask"),
+    needs=("keys", "mask", "again"),
 )
 class AdaKV:
     """Keep the best entries of all heads of a layer together, scored by another method, with a floor for each head.
 
     A layer keeps ``budget`` entries a head on average. The heads' caches then have different lengths, and only what is
-    kept is stored.
+    kept is stored. Reduced again, each head's entries are scored by themselves, then pooled as before.
 
     Args:
         budget: mean entries to keep per key/value head: a count, or a ratio in (0, 1] of the prompt.
         base: the method whose scores rank the entries, with its parameters, as in ``'snapkv(window=8)'``.
         safeguard: share of the budget that each head gets whatever its scores are.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward. The base
+            must be able to do that too.
     """
 
     budget: int | float = 512
     base: str = "snapkv"
     safeguard: float = 0.2
+    every: int = 0
 
     def __post_init__(self) -> None:
         Budget.of(self.budget)
         if not 0 <= self.safeguard <= 1:
             raise ThriftError(f"ada_kv needs 0 <= safeguard <= 1, a share of each head's budget, got {self.safeguard}")
+        check_every("ada_kv", self.every, self.budget)
         self.scorer  # noqa: B018  # read now, so that what is wrong with it is said when the plan is read
 
     @cached_property
@@ -51,7 +56,8 @@ class AdaKV:
         """The base method, with this one's budget.
 
         Raises:
-            ThriftError: it is no method of the cache stage that scores entries, or reduces more than once.
+            ThriftError: it is no method of the cache stage that scores entries, it has an ``every`` of its own, or it
+                cannot be asked again.
         """
         steps = Plan.parse(self.base).steps
         if len(steps) != 1 or steps[0].stage != "cache" or not hasattr(steps[0].method, "score"):
@@ -60,18 +66,36 @@ class AdaKV:
                 f"got '{self.base}'"
             )
         if getattr(steps[0].method, "every", 0):
-            raise ThriftError(f"ada_kv reduces once: leave 'every' out of its base '{self.base}'")
+            raise ThriftError(f"ada_kv has its own 'every': leave it out of its base '{self.base}'")
+        if self.every and "every" not in steps[0].method.info.defaults:
+            raise ThriftError(
+                f"ada_kv(every={self.every}) needs a base that can be reduced again, such as snapkv, knorm or h2o, got "
+                f"'{self.base}'"
+            )
         try:
             return replace(steps[0].method, budget=self.budget)
         except ThriftError as error:
             raise ThriftError(f"ada_kv gives its base its own budget, and {error}") from None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the base method reads of a view."""
+        needs: tuple[str, ...] = self.scorer.info.needs
+        return needs
+
+    @property
+    def lookback(self) -> int:
+        """How many of the last queries the base method reads when the cache is reduced again."""
+        return int(getattr(self.scorer, "lookback", 0))
+
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape
-        budget = Budget.of(self.budget)
-        counts = budget.tokens_of(view.mask.sum(-1))
-        if bool((counts == view.mask.sum(-1)).all()):
+        asked = view.by_head if view.again else view
+        held = view.by_head.mask.view(batch, kv_heads, n) if view.again else view.mask[:, None].expand(-1, kv_heads, -1)
+        lengths = held.sum((1, 2)) // kv_heads  # heads differ, their mean is whole: tokens come to all of them
+        counts = Budget.of(self.budget).tokens_of(lengths)
+        if bool((counts == lengths).all()):
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
-        scores = self.scorer.score(view.require(self.scorer.info.needs))
+        scores = self.scorer.score(asked.require(self.scorer.info.needs)).view(batch, kv_heads, n)
         floor = torch.floor(counts * self.safeguard).long()
-        return keep_top_of_all_heads(scores, counts, floor, view.mask)
+        return keep_top_of_all_heads(scores, counts, floor, held)

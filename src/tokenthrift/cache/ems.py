@@ -14,6 +14,7 @@ from ..core.view import View
 from ..ops.attention import attention_received, group_mean
 from ..ops.rows import age
 from ..ops.topk import keep_top
+from .repeated import check_every
 
 _BLOCK = 1024  # candidates whose similarities to all centres exist at once
 
@@ -23,7 +24,7 @@ _BLOCK = 1024  # candidates whose similarities to all centres exist at once
     stage="cache",
     paper="EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local Importance",
     arxiv="2412.08521",
-    needs=("keys", "values", "queries", "attention", "scaling", "mask"),
+    needs=("keys", "values", "queries", "attention", "received", "asked", "again", "scaling", "mask"),
     status="partial",
 )
 class EMS:
@@ -37,7 +38,8 @@ class EMS:
 
     Partial: there is no public code, and the paper's text was not at hand in full. Assumed are the larger of the two
     scores, how many candidates there are, the threshold, that the window itself stays, and that keys are averaged as
-    they are stored, after their rotation. Only the prompt is reduced; the paper goes on while it decodes.
+    they are stored, after their rotation. While decoding (``every``), an entry's attention counts for all tokens in it,
+    its merges go on from its mean so far, and scores are means over the query heads that share it.
 
     Args:
         budget: entries to keep per key/value head: a count, or a ratio in (0, 1] of the prompt.
@@ -45,6 +47,7 @@ class EMS:
             leaves less room than that.
         candidates: entries that may be merged, per entry that is kept; 0 only evicts.
         threshold: least similarity, in [0, 1], to merge at: cosine of the keys times cosine of the values.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
 
     Raises:
         ThriftError: a parameter outside its range.
@@ -54,6 +57,7 @@ class EMS:
     window: int = 32
     candidates: float = 1.0
     threshold: float = 0.6
+    every: int = 0
 
     def __post_init__(self) -> None:
         count = Budget.of(self.budget).count
@@ -63,12 +67,21 @@ class EMS:
             raise ThriftError(f"ems needs a finite number of candidates of at least 0, got {self.candidates}")
         if not 0 <= self.threshold <= 1:
             raise ThriftError(f"ems needs a threshold in [0, 1], got {self.threshold}")
+        check_every("ems", self.every, self.budget)
+
+    @property
+    def lookback(self) -> int:
+        """How many of the last queries are read when the cache is reduced again."""
+        return self.window
 
     def score(self, view: View) -> Tensor:
         """``(batch, kv_heads, tokens)``: the global-local score."""
         ages, window = age(view.mask)[:, None], self._window(view)
-        everywhere = attention_received(view.queries, view.keys, view.scaling, view.mask) / ages
-        near = view.attention(window).sum(-2) / ages.clamp(max=window)
+        near = (rows := view.attention(window)).sum(-2) / ages.clamp(max=rows.shape[-2])
+        if view.again:
+            everywhere, near = view.received / view.asked, group_mean(near, view.keys.shape[1])
+        else:
+            everywhere = attention_received(view.queries, view.keys, view.scaling, view.mask) / ages
         # A padded row may have fewer queries than the window: its means are of what there is.
         total = [s.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny) for s in (everywhere, near)]
         return group_mean(torch.maximum(near, everywhere * (total[1] / total[0])), view.keys.shape[1])

@@ -10,6 +10,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import window_scores
 from ..ops.topk import keep_top
+from .repeated import check_every
 from .snapkv import check_window
 
 
@@ -18,30 +19,39 @@ from .snapkv import check_window
     stage="cache",
     paper="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
     arxiv="2406.02069",
-    needs=("keys", "attention", "mask", "layer", "layers"),
+    needs=("keys", "attention", "mask", "seen", "layer", "layers"),
 )
 class PyramidKV:
     """Keep what :class:`~tokenthrift.cache.snapkv.SnapKV` would, with budgets that fall linearly over the layers.
 
     The budgets' mean over all layers is ``budget``. The last layer gets ``1/beta`` of it; more when the first layer
     would otherwise need more than the prompt before the window. Where the last layer cannot even hold the window, all
-    layers get the same: then this is SnapKV, so keep ``budget`` above ``beta * window``.
+    layers get the same: then this is SnapKV, so keep ``budget`` above ``beta * window``. Reduced again, the budgets are
+    those of a prompt as long as the text has become.
 
     Args:
         budget: mean entries per key/value head, the window included: a count, or a ratio in (0, 1] of the prompt.
         window: how many of the last queries vote.
         kernel: width of the pooling, odd; 1 switches it off.
         beta: steepness; 1 gives every layer the same.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
     """
 
     budget: int | float = 512
     window: int = 8
     kernel: int = 5
     beta: float = 20
+    every: int = 0
 
     def __post_init__(self) -> None:
         check_window("pyramid_kv", self.budget, self.window, self.kernel)
         Schedule.pyramid(self.beta)
+        check_every("pyramid_kv", self.every, self.budget)
+
+    @property
+    def lookback(self) -> int:
+        """How many of the last queries are read when the cache is reduced again."""
+        return self.window
 
     def budgets(self, n: int, layers: int) -> list[int]:
         """Entries that each of ``layers`` layers keeps of a prompt of ``n`` tokens."""
@@ -54,7 +64,8 @@ class PyramidKV:
     def reduce(self, view: View) -> TokenMap:
         batch, kv_heads, n, _ = view.keys.shape
         lengths = view.mask.sum(-1)
-        counts = torch.tensor([self.budgets(int(k), view.layers)[view.layer] for k in lengths], device=lengths.device)
+        shares = [self.budgets(int(k), view.layers)[view.layer] for k in view.seen]
+        counts = torch.tensor(shares, device=lengths.device).minimum(lengths)
         if bool((counts == lengths).all()):
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
         rows = view.attention(min(self.window, int(counts.max())))

@@ -15,6 +15,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..models.calibration import Calibration, calibration_for, identity
 from ..models.retrieval_heads import score_heads
+from .repeated import check_every
 
 _NAME = "razor_attention"
 
@@ -24,7 +25,7 @@ _NAME = "razor_attention"
     stage="cache",
     paper="RazorAttention: Efficient KV Cache Compression Through Retrieval Heads",
     arxiv="2407.15891",
-    needs=("keys", "mask", "layer"),
+    needs=("keys", "mask", "again", "layer"),
     status="partial",
 )
 class RazorAttention:
@@ -36,8 +37,8 @@ class RazorAttention:
     and the best ``echo`` by attention to these themselves. A key/value head is judged by the best of its query heads.
 
     Partial: there is no code of the paper's to compare with; the search follows that of the authors' company (MindSpore
-    Golden Stick). Only the prompt is reduced; the paper's window goes on moving while it decodes. Heads that keep less
-    are stored as wide as the widest of their layer.
+    Golden Stick). With ``every=1`` the window goes on moving while decoding, as in the paper: what leaves it joins the
+    compensation token. Retrieval heads then go on growing.
 
     Args:
         budget: entries to keep in a head that is no retrieval head, first tokens and compensation token included: a
@@ -48,6 +49,8 @@ class RazorAttention:
         echo: share of all heads that are retrieval heads by echo.
         heads: a file that ``tokenthrift calibrate razor_attention`` wrote; "auto" takes what comes with this library,
             for smollm2-135m; or the retrieval heads themselves, as pairs ``[layer, key/value head]``.
+        every: reduce again whenever so many tokens have come since; 0 reduces once, after the first forward.
+            Needs a budget that is a count.
 
     Raises:
         ThriftError: a parameter outside its range, a file that is no calibration; when it is applied: a calibration of
@@ -60,6 +63,7 @@ class RazorAttention:
     induction: float = 0.14
     echo: float = 0.01
     heads: Any = "auto"
+    every: int = 0
 
     proportional: ClassVar[bool] = True
 
@@ -74,6 +78,7 @@ class RazorAttention:
             raise ThriftError(f"{_NAME} needs least of at least 0, got {self.least}")
         if not (0 <= self.induction <= 1 and 0 <= self.echo <= 1):
             raise ThriftError(f"{_NAME} needs shares in [0, 1], got induction={self.induction}, echo={self.echo}")
+        check_every(_NAME, self.every, self.budget)
         if isinstance(self.heads, list | tuple):
             if not all(isinstance(p, list | tuple) and len(p) == 2 and all(map(_is_index, p)) for p in self.heads):
                 raise ThriftError(f"{_NAME} needs heads as pairs such as [[0, 1], [3, 2]], got {self.heads!r}")
@@ -112,20 +117,21 @@ class RazorAttention:
         if isinstance(self.heads, str):
             raise ThriftError(f"{_NAME} must know the heads: apply it to a model, or give heads=[[layer, head], …]")
         batch, kv_heads, n, _ = view.keys.shape
-        budget, lengths = Budget.of(self.budget), view.mask.sum(-1)
+        held = view.by_head.mask.view(batch, kv_heads, n) if view.again else view.mask[:, None].expand(-1, kv_heads, -1)
+        budget, lengths = Budget.of(self.budget), held.sum(-1)
         keep = budget.tokens_of(lengths).to(lengths.device)
         if budget.count is None:
             keep = keep.clamp(min=self.least)
         retrieval = torch.tensor([(view.layer, h) in map(tuple, self.heads) for h in range(kv_heads)])
         if bool((lengths <= keep).all()) or bool(retrieval.all()):
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
-        keep, lengths = keep[:, None], lengths[:, None]
-        dropped = torch.where(lengths > keep, lengths - keep + 1, 1)  # a single one stands for itself
-        sinks = keep.clamp(max=self.sinks + 1) - 1
-        order = view.mask.cumsum(-1) - 1  # of the real tokens
+        # What is dropped joins the entry behind the sinks: reduced again, that is the compensation token.
+        dropped = torch.where(lengths > keep, lengths - keep + 1, 1)[..., None]  # a single one stands for itself
+        sinks = (keep.clamp(max=self.sinks + 1) - 1)[..., None]
+        order = held.cumsum(-1) - 1  # of the real entries
         local = torch.where(order < sinks, order, (order - dropped + 1).maximum(sinks))
-        group = torch.where(retrieval.to(order.device)[:, None], order[:, None], local[:, None])
-        return TokenMap.merge(group.masked_fill(~view.mask[:, None], -1))
+        group = torch.where(retrieval.to(order.device)[:, None], order, local)
+        return TokenMap.merge(group.masked_fill(~held, -1), weight=view.sizes if view.again else None)
 
 
 def _is_index(value: Any) -> bool:

@@ -35,8 +35,12 @@ class View:
                                                         over heads and over the layers so far; ``lengths`` ``(batch,)``
                                                         the real tokens that the prompt had
     ``again``        cache                              whether what an earlier call kept is reduced once more; the
-                                                        tokens are then cache entries, and there are no ``queries``,
-                                                        ``rotary`` and ``positions``
+                                                        tokens are then cache entries, there are no ``positions``, and
+                                                        ``queries`` and ``rotary`` are those of the last tokens, as many
+                                                        as the method's ``lookback`` says
+    ``seen``         cache                              ``(batch,)``, real tokens that came so far, kept or not
+    ``by_head``      cache                              where it is ``again``: a view of the same entries in which each
+                                                        key/value head is a row of its own, with its own ``mask``
     ``scaling``      cache attention                    factor on ``q·k`` in the layer's attention
     ``rotary``       cache                              :class:`~tokenthrift.ops.rotary.Rotary`: how the layer rotated
                                                         its queries and keys by their positions
@@ -44,7 +48,8 @@ class View:
                                                         the attention stage where nothing is padding
     ``protected``    all                                ``(batch, tokens)`` bool, tokens that must survive
     ``positions``    all                                ``(batch, tokens)`` int64
-    ``sizes``        vision                             ``(batch, tokens)``, original tokens in each token
+    ``sizes``        vision cache                       ``(batch, tokens)``, original tokens in each token; of
+                                                        ``(batch, kv_heads, tokens)`` entries where it is ``again``
     ``grid``         vision connector                   ``(t, h, w)`` of the patch tokens, before any reduction
     ``prefix``       vision                             number of leading tokens that are no patches (CLS, registers)
     ``tokens``       vision                             tokens at the start of the forward, the prefix included

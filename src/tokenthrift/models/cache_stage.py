@@ -87,7 +87,9 @@ class CacheWatcher:
         self.method, self.session, self.lookahead = method, session, lookahead
         self.every = int(getattr(method, "every", 0))
         self.lookback = int(getattr(method, "lookback", 0)) if self.every else 0
-        self.counts = self.every > 0 and "received" in method.info.needs
+        # A method that asks another one for scores reads what that one does.
+        self.needs = {*method.info.needs, *getattr(method, "reads", ())}
+        self.counts = self.every > 0 and "received" in self.needs
         self.cache: Cache | None = None
         self.rotary: Callable[[], Rotary] | None = None
         self.prompt = False
@@ -131,7 +133,9 @@ class CacheWatcher:
             map = self.method.reduce(view.require(self.method.info.needs))
             proportional = getattr(self.method, "proportional", False)
             layer = cache.layers[self.layer] = reduced_layer(key, value, map, view.mask, proportional=proportional)
-            layer.queries = view.queries[:, :, -self.lookback :].clone() if self.lookback else None
+            if self.lookback:
+                layer.queries = view.queries[:, :, -self.lookback :].clone()
+                layer.rotary = view.rotary.last(self.lookback) if "rotary" in self.needs else None
             layer.received = layer.map.sizes(view.received) if self.counts else None
             layer.room = self.every or None  # it is reduced before more than these come
             self.session.record(
@@ -150,29 +154,39 @@ class CacheWatcher:
             old = key.shape[-2] - query.shape[-2]
             stored = cache.layers[self.layer] = ReducedLayer(key, value, everything, real.expand(key.shape[0], -1))
             stored.map, stored.room = TokenMap.identity(old, key.shape[:2], key.device), self.every
-        self._follow(stored, query, key, scaling)
+        self._follow(stored, query, key, scaling, rotary)
         if stored.fresh >= self.every:
-            self._again(stored, scaling, start)
+            self._again(cache, stored, scaling, start)
 
-    def _follow(self, layer: ReducedLayer, query: Tensor, key: Tensor, scaling: float) -> None:
+    def _follow(
+        self, layer: ReducedLayer, query: Tensor, key: Tensor, scaling: float, rotary: Callable[[], Rotary] | None
+    ) -> None:
         """Note of new tokens what later reductions will ask for."""
         if self.lookback:
             known = query if layer.queries is None else torch.cat([layer.queries, query], dim=2)
             layer.queries = known[:, :, -self.lookback :].clone()
+            if "rotary" in self.needs and rotary is not None:
+                turned = rotary()
+                layer.rotary = (turned if layer.rotary is None else layer.rotary.then(turned)).last(self.lookback)
         if self.counts:
             if layer.received is None:
                 raise ThriftError(
                     f"{self.method.info.name} counts the attention that entries receive, and this cache was filled "
                     "without it: read the prompt inside the same with block"
                 )
-            new = attention_received(query, key, scaling, real_entries(layer))
+            asking, keys = _heads_as_rows(query, key)
+            new = attention_received(asking, keys, scaling, layer.held.flatten(0, 1))
             received = pad(layer.received, (0, query.shape[-2]))
-            layer.received = received + group_mean(new, key.shape[1])
+            layer.received = received + group_mean(new, 1).view_as(received)
 
-    def _again(self, layer: ReducedLayer, scaling: float, start: float) -> None:
+    def _again(self, cache: Cache, layer: ReducedLayer, scaling: float, start: float) -> None:
         before, held = layer.entries, layer.nbytes
         view = stored_view(layer, scaling, self.layer, self.layers)
-        layer.reduce(self.method.reduce(view.require(self.method.info.needs)))
+        map = self.method.reduce(view.require(self.method.info.needs))
+        lengths = map.mask.sum(-1)
+        if not isinstance(layer, RaggedLayer) and bool((lengths != lengths[:, :1]).any()):
+            layer = cache.layers[self.layer] = RaggedLayer.of(layer)
+        layer.reduce(map)
         record = self.session.record("cache", before=0, after=0, seconds=perf_counter() - start)
         for name, value in (("reduced_again", 1), ("then_dropped", before - layer.entries)):
             record.extra[name] = record.extra.get(name, 0) + value
@@ -225,6 +239,7 @@ def cache_view(
         received=Lazy(received),
         asked=Lazy(lambda: torch.arange(n, 0, -1, device=key.device).expand(*key.shape[:2], n)),
         again=False,
+        seen=Lazy(lambda: view.mask.sum(-1)),
         layer=layer,
         layers=layers,
     )
@@ -240,6 +255,30 @@ def stored_view(layer: ReducedLayer, scaling: float, index: int, layers: int) ->
     Columns are entries, not tokens of the text. ``view.attention(rows)`` has fewer rows where fewer queries are known.
     """
     batch, _, n, _ = (keys := layer.keys).shape
+
+    def by_head() -> View:
+        """Heads are rows, so that each has its own padding."""
+        rows = View(
+            keys=keys.flatten(0, 1).unsqueeze(1),
+            values=Lazy(lambda: layer.values.flatten(0, 1).unsqueeze(1)),
+            mask=layer.held.flatten(0, 1),
+            asked=Lazy(lambda: view.asked.flatten(0, 1).unsqueeze(1)),
+            seen=layer.came.repeat_interleave(keys.shape[1]),
+            scaling=scaling,
+            again=True,
+            layer=index,
+            layers=layers,
+        )
+        if layer.rotary is not None:
+            rows.offer("rotary", layer.rotary.repeated(keys.shape[1]))
+        if layer.received is not None:
+            rows.offer("received", layer.received.flatten(0, 1).unsqueeze(1))
+        if layer.queries is not None:
+            asking, _ = _heads_as_rows(layer.queries, keys)
+            rows.offer("queries", asking)
+            rows.offer("attention", lambda count: _last_rows(asking, count, rows.keys, rows))
+        return rows
+
     view = View(
         keys=keys,
         values=Lazy(lambda: layer.values),
@@ -248,18 +287,30 @@ def stored_view(layer: ReducedLayer, scaling: float, index: int, layers: int) ->
         protected=Lazy(lambda: torch.zeros(batch, n, dtype=torch.bool, device=keys.device)),
         asked=Lazy(lambda: layer.seen - layer.positions),
         again=True,
+        seen=layer.came,
+        sizes=Lazy(lambda: torch.ones(layer.held.shape, device=keys.device) if (b := layer.bias) is None else b.exp()),
+        by_head=Lazy(by_head),
         layer=index,
         layers=layers,
     )
     if layer.received is not None:
         view.offer("received", layer.received)
-
-    def attention(rows: int) -> Tensor:
-        assert layer.queries is not None, "a method that reads attention here says with 'lookback' how many rows"
-        return attention_rows(layer.queries[:, :, -rows:], keys, scaling, view.mask)
-
-    view.offer("attention", attention)
+    if layer.queries is not None:
+        view.offer("queries", layer.queries)
+    if layer.rotary is not None:
+        view.offer("rotary", layer.rotary)
+    view.offer("attention", lambda rows: _last_rows(layer.queries, rows, keys, view))
     return view
+
+
+def _last_rows(queries: Tensor | None, rows: int, keys: Tensor, view: View) -> Tensor:
+    assert queries is not None, "a method that reads attention here says with 'lookback' how many rows"
+    return attention_rows(queries[:, :, -rows:], keys, view.scaling, view.mask)
+
+
+def _heads_as_rows(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """``(batch · kv_heads, group, q, dim)`` and ``(batch · kv_heads, 1, n, dim)``."""
+    return queries.unflatten(1, (keys.shape[1], -1)).flatten(0, 1), keys.flatten(0, 1).unsqueeze(1)
 
 
 def real_entries(layer: ReducedLayer) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
+from ..ops.rotary import Rotary
 from .growing import GrowingLayer
 
 
@@ -37,12 +38,13 @@ class ReducedLayer(GrowingLayer):
         real: ``(batch, kv_heads, stored)`` bool, false for padding and in rows that keep fewer; None if all are.
         bias: ``(batch, kv_heads, stored)`` float32, added to the entries' logits: the logarithm of how many tokens each
             counts for; None where each is one.
-        seen: tokens that passed through the layer.
+        seen: tokens that passed through the layer; ``came`` ``(batch,)`` how many of these are no padding.
         whole: nothing was dropped or moved, so that masks made for the text fit.
         map: from the tokens seen until the last reduction to the entries stored then.
         received: ``(batch, kv_heads, stored)`` float32, attention that the entries got from all queries so far, mean
             over the query heads; None where no method asks for it.
         queries: ``(batch, heads, some, head_dim)``, those of the last tokens; None where no method asks for them.
+        rotary: how these were rotated; None where no method asks for it.
 
     Args:
         keys, values: ``(batch, kv_heads, seen, head_dim)``, all that the layer has seen.
@@ -61,8 +63,11 @@ class ReducedLayer(GrowingLayer):
         self.dtype, self.device = keys.dtype, keys.device
         self.seen = keys.shape[-2]
         self.map = _padding_first(map)
+        self.came = mask.sum(-1)
+        self.proportional = proportional
         self.received: Tensor | None = None
         self.queries: Tensor | None = None
+        self.rotary: Rotary | None = None
         self.real: Tensor | None = None
         self._keep(keys, values, self.map, mask.unsqueeze(1).expand(keys.shape[:-1]))
         sizes = self.map.sizes() if proportional and not self.map.is_selection else None
@@ -91,6 +96,13 @@ class ReducedLayer(GrowingLayer):
         return self.seen - self.stored
 
     @property
+    def held(self) -> Tensor:
+        """``(batch, kv_heads, stored)`` bool: the entries that are real."""
+        if self.real is not None:
+            return self.real
+        return torch.ones(*self.map.lead, self.stored, dtype=torch.bool, device=self.map.device)
+
+    @property
     def positions(self) -> Tensor:
         """``(batch, kv_heads, stored)`` int64: where the entries stand in the text, prompt and later tokens."""
         return self.map.extend(self.fresh).positions("anchor")
@@ -112,26 +124,27 @@ class ReducedLayer(GrowingLayer):
         if self.bias is not None:
             self.bias = pad(self.bias, (0, new))
         self.seen += new
+        self.came = self.came + new
         return super().update(key_states, value_states)
 
     def hide(self, new: Tensor) -> None:
         """Of the tokens that came last, some are padding: ``new`` ``(batch, tokens)`` bool is false for these."""
         if bool(new.all()):
             return
-        if self.real is None:
-            self.real = torch.ones(*self.map.lead, self.stored, dtype=torch.bool, device=new.device)
+        self.real = self.held
         self.real[..., self.stored - new.shape[-1] :] &= new.unsqueeze(1)
+        self.came = self.came - (~new).sum(-1)
 
     def reduce(self, map: TokenMap) -> None:
         """Reduce once more: ``map`` is over the entries that are stored now."""
         if not map.is_identity:
             map = _padding_first(map)
-            real = torch.ones(*map.lead, map.n_in, dtype=torch.bool, device=map.device)
-            self._keep(self.keys, self.values, map, real if self.real is None else self.real)
+            self._keep(self.keys, self.values, map, self.held)
             if self.received is not None:
                 self.received = map.sizes(self.received)
-            if self.bias is not None:
-                self.bias = map.sizes(self.bias.exp()).clamp(min=1).log()
+            if self.bias is not None or (self.proportional and not map.is_selection):
+                sizes = map.sizes(None if self.bias is None else self.bias.exp())
+                self.bias = sizes.clamp(min=1).log()
             self.whole = False
         self.map = self.map.extend(self.fresh).then(map)
 
@@ -147,7 +160,8 @@ class ReducedLayer(GrowingLayer):
             self.bias = pad(self.bias[..., : self.stored], (0, new))
         self.keys, self.values = keys, values
         self.seen += new
-        self.received = self.queries = None  # nobody watched what these tokens asked
+        self.came = self.came + torch.tensor(grown, device=self.came.device)
+        self.received = self.queries = self.rotary = None  # nobody watched what these tokens asked
 
     def get_seq_length(self) -> int:
         return self.seen if self.is_initialized else 0
@@ -172,12 +186,15 @@ class ReducedLayer(GrowingLayer):
         if not count:
             return
         self.seen -= count
+        self.came = self.came - count
         if self.real is not None:
             self.real = self.real[..., : self.stored]
         if self.bias is not None:
             self.bias = self.bias[..., : self.stored]
         if self.queries is not None:
             self.queries = self.queries[:, :, : max(self.queries.shape[2] - count, 0)]
+        if self.rotary is not None:
+            self.rotary = self.rotary.first(max(self.rotary.cos.shape[1] - count, 0))
         if self.fresh < 0:  # nothing was dropped: what is left maps to itself
             self.map = TokenMap.identity(self.seen, self.map.lead, self.map.device)
 
@@ -187,7 +204,8 @@ class ReducedLayer(GrowingLayer):
     def reset(self) -> None:
         super().reset()
         self.seen, self.whole = 0, True
-        self.real = self.bias = self.received = self.queries = None
+        self.real = self.bias = self.received = self.queries = self.rotary = None
+        self.came = torch.zeros_like(self.came[:1])
         self.map = TokenMap.identity(0, self.map.lead, self.map.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -204,9 +222,12 @@ class ReducedLayer(GrowingLayer):
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of the batch in all that goes with the keys and values."""
-        for name in ("real", "bias", "received", "queries"):
+        for name in ("real", "bias", "received", "queries", "came"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+        if self.rotary is not None and self.rotary.cos.shape[0] > 1:
+            cos, sin = (change(t) for t in (self.rotary.cos, self.rotary.sin))
+            self.rotary = replace(self.rotary, cos=cos, sin=sin)
         edges = {f: getattr(self.map, f) for f in ("source", "target", "weight", "share", "anchor")}
         changed: dict[str, Any] = {f: None if t is None else change(t) for f, t in edges.items()}
         self.map = replace(self.map, **changed)
@@ -227,6 +248,18 @@ class RaggedLayer(ReducedLayer):
         self._later: dict[str, Tensor] = {}
         self._index = torch.zeros(0, dtype=torch.int32)
         super().__init__(keys, values, map, mask, proportional=proportional)
+
+    @classmethod
+    def of(cls, layer: ReducedLayer) -> RaggedLayer:
+        """A layer that holds the same, and can be reduced to heads of different lengths."""
+        n, lead, device = layer.stored, layer.map.lead, layer.map.device
+        everything = torch.ones(lead[0], n, dtype=torch.bool, device=device)
+        made = cls(layer.keys, layer.values, TokenMap.identity(n, lead, device), everything)
+        for name in ("map", "real", "bias", "seen", "came", "received", "queries", "rotary", "proportional", "room"):
+            setattr(made, name, getattr(layer, name))
+        made.whole = layer.whole
+        made._compact()
+        return made
 
     def _keep(self, keys: Tensor, values: Tensor, map: TokenMap, real: Tensor) -> None:
         super()._keep(keys, values, map, real)
@@ -280,6 +313,7 @@ class RaggedLayer(ReducedLayer):
         if self.bias is not None:
             self.bias = pad(self.bias, (0, new))
         self.seen += new
+        self.came = self.came + new
         for name, states in (("keys", key_states), ("values", value_states)):
             self._later[name] = torch.cat([self._later[name], states], dim=-2)
         return self.keys, self.values

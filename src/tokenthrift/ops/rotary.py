@@ -65,6 +65,21 @@ class Rotary:
         """The rotations of the last so many tokens."""
         return Rotary(self.cos[:, -tokens:], self.sin[:, -tokens:], self.turn)
 
+    def then(self, more: Rotary) -> Rotary:
+        """The rotations of these tokens and of more that follow them."""
+        batch = max(len(self.cos), len(more.cos))
+        cos, sin = (
+            torch.cat([a.expand(batch, -1, -1), b.to(a.dtype).expand(batch, -1, -1)], dim=1)
+            for a, b in ((self.cos, more.cos), (self.sin, more.sin))
+        )
+        return Rotary(cos, sin, self.turn)
+
+    def repeated(self, times: int) -> Rotary:
+        """The same for a batch in which each row stands so many times, one behind the other."""
+        if len(self.cos) == 1:
+            return self
+        return Rotary(self.cos.repeat_interleave(times, dim=0), self.sin.repeat_interleave(times, dim=0), self.turn)
+
     def at(self, index: Tensor) -> Rotary:
         """The rotations of the tokens at ``index`` ``(batch, m)``, row by row."""
         batch, dim = index.shape[0], self.cos.shape[-1]

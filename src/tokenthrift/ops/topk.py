@@ -42,15 +42,17 @@ def keep_top_of_all_heads(scores: Tensor, counts: Tensor, floor: Tensor, mask: T
         scores: ``(batch, heads, tokens)``, comparable between heads.
         counts: ``(batch,)``, how many of a row's tokens to keep, mean over its heads; at most its real tokens.
         floor: ``(batch,)``, how many each head keeps at least.
-        mask: ``(batch, tokens)`` bool, true for real tokens; padding is never kept.
+        mask: ``(batch, tokens)``, or ``(batch, heads, tokens)`` where heads differ: true for real tokens; padding is
+            never kept.
 
     Returns:
         A selection over ``(batch, heads)``; heads that keep fewer tokens than the fullest end in padding outputs.
     """
     heads = scores.shape[1]
-    scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    mask = mask.unsqueeze(1) if mask.dim() == 2 else mask
+    scores = scores.masked_fill(~mask, float("-inf"))
     safe = _ranks(scores) < floor[:, None, None]
-    pooled = scores.masked_fill(safe & mask.unsqueeze(1), float("inf")).flatten(1)
+    pooled = scores.masked_fill(safe & mask, float("inf")).flatten(1)
     kept = _ranks(pooled) < (heads * counts)[:, None]
     return TokenMap.keep(kept.view(scores.shape))
 
