@@ -90,6 +90,16 @@ class View:
             )
         return self
 
+    def forget(self) -> None:
+        """Let go of all parts, as what makes them often holds the view itself: without this their memory would stay
+        until the garbage collector comes by."""
+        parts = list(self._parts.values())
+        self._makers.clear()
+        self._parts.clear()
+        for part in parts:
+            if isinstance(part, View):
+                part.forget()
+
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._makers
 

@@ -1,9 +1,10 @@
 """The cache stage of decoder-only models: reduce each layer's keys and values right after its own prefill attention.
 
-Compressing layer by layer keeps the peak at one full layer beside the compressed ones. The method sees a lazy view and
-returns a TokenMap over ``(batch, kv_heads)``; what it drops is freed. Methods with an ``every`` reduce what is stored
-again as the text grows, so that the cache stays within their budget. Sliding-window layers are left alone: they hold a
-window only.
+Compressing layer by layer keeps the peak at one full layer beside the compressed ones: ``prompt + (layers - 1) *
+budget`` entries a head. The method sees a lazy view and returns a TokenMap over ``(batch, kv_heads)``; what it drops is
+freed. Methods with an ``every`` reduce what is stored again as the text grows, so that the cache stays within their
+budget: a prompt in chunks of at least ``every`` tokens peaks at ``layers * budget + chunk``. Sliding-window layers are
+left alone: they hold a window only.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class CacheWatcher:
                 seconds=perf_counter() - start,
             )
             self.session.add_map("cache", layer.map, self.layer)
+            view.forget()
             return
         if not isinstance(stored, ReducedLayer):  # filled before this session
             everything = TokenMap.identity(key.shape[-2], key.shape[:2], key.device)
@@ -186,6 +188,7 @@ class CacheWatcher:
         lengths = map.mask.sum(-1)
         if not isinstance(layer, RaggedLayer) and bool((lengths != lengths[:, :1]).any()):
             layer = cache.layers[self.layer] = RaggedLayer.of(layer)
+        view.forget()
         layer.reduce(map)
         record = self.session.record("cache", before=0, after=0, seconds=perf_counter() - start)
         for name, value in (("reduced_again", 1), ("then_dropped", before - layer.entries)):
