@@ -466,7 +466,7 @@ def test_a_cache_filled_elsewhere_is_taken_over_or_refused():
 
 
 def test_methods_that_reduce_once_still_do():
-    assert set(METHODS) - set(REPEATED) == {"dapq", "speckv"}
+    assert set(METHODS) - set(REPEATED) == {"dapq", "speckv", "tca_attention"}
     model, inputs = tiny("llama"), prompt(length=30)
     with tt.apply("knorm(budget=16)", model):
         out = model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, return_dict_in_generate=True)

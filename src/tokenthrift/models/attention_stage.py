@@ -23,6 +23,7 @@ from ..core.view import Lazy, View
 from ..ops.gathered import gathered_attention
 from .attention import Run, real_tokens, replace_attention
 from .growing import GrowingLayer
+from .kv import ReducedLayer
 from .layer_kinds import check_kinds
 
 if TYPE_CHECKING:
@@ -108,8 +109,17 @@ class Selecting:
         """Forward pre-hook of the attention module: which cache it reads, which then gets a layer with room."""
         self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         layer = self._layer(self.cache)
-        if self.cache is not None and type(layer) is DynamicLayer:
+        if self.cache is None:
+            return
+        if type(layer) is DynamicLayer:
             self.cache.layers[self.index] = GrowingLayer(layer)
+        elif isinstance(layer, ReducedLayer):
+            if layer.get_seq_length():
+                raise ThriftError(
+                    f"layer {self.index} of this cache was reduced by a cache method: "
+                    "read the prompt anew, with an empty cache, for the attention stage"
+                )
+            self.cache.layers[self.index] = GrowingLayer()  # it was reset: nothing is left of the reduction
 
     def __call__(
         self, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float

@@ -27,6 +27,7 @@ from ..core.view import Lazy, View
 from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
 from .attention import real_tokens, watch_attention
+from .growing import GrowingLayer
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .layer_kinds import check_kinds
 from .lookahead import Lookahead
@@ -122,7 +123,8 @@ class CacheWatcher:
         first = self.prompt and (query.shape[-2] > 1 or self.every > 0)
         if cache is None or not (first or self.every) or getattr(stored, "is_sliding", False):
             return
-        if type(stored) not in (DynamicLayer, ReducedLayer, RaggedLayer):  # a reset cache keeps its layers, empty
+        # A cache that an earlier session filled has layers of that session's kind, also when it was reset since.
+        if type(stored) not in (DynamicLayer, GrowingLayer, ReducedLayer, RaggedLayer):
             raise ThriftError(
                 f"layer {self.layer} caches in a {type(stored).__name__}, which cannot be reduced; "
                 "use the default cache (no cache_implementation, no quantized or offloaded cache)"

@@ -43,6 +43,11 @@ class GrowingLayer(DynamicLayer):
         self.values = self._append(1, self.values, value_states)
         return self.keys, self.values
 
+    def let_go(self) -> None:
+        """Forget the buffers: what they hold is not the layer's any more."""
+        self._buffers = [Growing(self.room), Growing(self.room)]
+        self._views = [None, None]
+
     def _append(self, which: int, held: Tensor | None, new: Tensor) -> Tensor:
         if held is not None and held is self._views[which]:  # nobody touched it since
             self._views[which] = rows = self._buffers[which].append(new)
@@ -64,6 +69,7 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.memory.clear()
+        self.let_go()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]

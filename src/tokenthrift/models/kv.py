@@ -79,6 +79,8 @@ class ReducedLayer(GrowingLayer):
         self.keys, self.values = map.apply(keys), map.apply(values)
         real = map.mask & real.gather(-1, map.anchors)
         self.real = None if bool(real.all()) else real
+        if not map.is_identity:
+            self.let_go()
 
     @property
     def stored(self) -> int:

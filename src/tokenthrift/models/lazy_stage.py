@@ -107,6 +107,11 @@ class LazyLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.prompt is None else self.lazy.real.shape[1] + int(self.keys.shape[2])  # type: ignore[union-attr]
 
+    def reset(self) -> None:
+        raise ThriftError(
+            "a cache in which tokens of a prompt wait cannot be reset: begin the next prompt with a new one"
+        )
+
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = change(self.keys), change(self.values)  # type: ignore[arg-type]
         if self.prompt is not None:

@@ -35,6 +35,7 @@ from ..ops.chunk_attention import attend_reads
 from .attention import Attend, Run, replace_attention, watching_instead
 from .cascade_stage import install_cascade
 from .draft_attention import draft_attention, draft_for
+from .growing import GrowingLayer
 from .layer_kinds import check_kinds
 from .lazy_stage import install_lazy
 from .prepacking import check_packable, fill, prefill_rows
@@ -141,6 +142,8 @@ def _empty_cache(adapter: DecoderAdapter, call: Call) -> DynamicCache | None:
     held = call.get("past_key_values")
     if held is None:
         return DynamicCache(config=adapter.model.config)
+    # A cache that an earlier session filled, and that was reset since, has empty layers of that session's kind.
+    held.layers = [DynamicLayer() if isinstance(layer, GrowingLayer) else layer for layer in held.layers]
     plain = type(held) is DynamicCache and all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in held.layers
     )
