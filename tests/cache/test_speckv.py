@@ -161,7 +161,7 @@ def test_a_draft_model_is_printed_by_its_class_and_checked():
     model = tiny("llama")
     plan = tt.Plan(cache=SpecKV(draft=copy.deepcopy(model)))
     assert "draft=<LlamaForCausalLM>" in str(plan)
-    with pytest.raises(tt.ThriftError, match="97 tokens, the draft model 2,000"):
+    with pytest.raises(tt.ThriftError, match="2,000 tokens and the target 97"):
         tt.apply(tt.Plan(cache=SpecKV(draft=tiny("llama", vocab_size=2000))), model).install()
     with pytest.raises(tt.ThriftError, match="cannot draft"):
         tt.apply(tt.Plan(cache=SpecKV(draft=model.model)), model).install()

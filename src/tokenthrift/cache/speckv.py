@@ -80,12 +80,12 @@ class SpecKV:
     def bind(self, model: Any) -> _Drafted:
         """Itself, with somebody to write drafts for this model."""
         check_layers("speckv", model)
-        draft = self.draft
+        draft, tokenizer = self.draft, None
         if isinstance(draft, Given):
             draft = draft.model
         elif draft is not None:
-            draft, _ = load_draft(fspath(draft), str(model.device), model.dtype)
-        return _Drafted(self, Writer("speckv", model, draft, self.layers))
+            draft, tokenizer = load_draft(fspath(draft), str(model.device), model.dtype)
+        return _Drafted(self, Writer("speckv", model, draft, self.layers, tokenizer))
 
     def score(self, view: View) -> Tensor:
         """``(batch, kv_heads, tokens)``: the highest vote in [0, 1] for each entry, then the window from 2 on."""

@@ -92,7 +92,10 @@ class ModelDrafters:
         if not getattr(self.model, "can_generate", lambda: False)() or self.model.config.is_encoder_decoder:
             raise ThriftError(f"{type(self.model).__name__} cannot draft: choose a causal language model")
         same = method.vocabulary == "same"
-        self.vocabulary: Vocabulary = match(request.model, self.model, request.tokenizer, tokenizer, same=same)
+        name: str = method.info.name  # type: ignore[attr-defined]
+        self.vocabulary: Vocabulary = match(
+            request.model, self.model, request.tokenizer, tokenizer, same=same, method=name
+        )
         self.head: Any = nullcontext()
         if method.trim is not None:
             self.head = TrimmedHead(self.model, self._trimmed(method.trim))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import ThriftError
+from ..models.vocabularies import other_vocabulary, same_vocabulary, size_of, strings_of
 
 LEAST = 0.5
 """Vocabularies with a smaller share of the draft model's tokens in common cannot be mapped."""
@@ -53,34 +53,35 @@ class Vocabulary:
         return wide
 
 
-def match(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, *, same: bool) -> Vocabulary:
+def match(
+    target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, *, same: bool, method: str = "decode"
+) -> Vocabulary:
     """How the vocabularies of two models correspond.
 
-    By the strings of their tokenizers; a tokenizer that is not given is looked for in the folder that its model was
-    loaded from. If one cannot be found, models with as many tokens are taken to have the same.
+    By the strings of their tokenizers; see :func:`tokenthrift.models.vocabularies.same_vocabulary` for where there are
+    none.
 
     Args:
         target, draft: the models.
         tokenizer, draft_tokenizer: theirs, or None.
         same: do not ask: equal numbers are equal tokens, and the model with more of them has padding.
+        method: for errors.
 
     Raises:
         ThriftError: too few tokens in common, or nothing to tell them by.
     """
-    size, own = (int(model.config.get_text_config(decoder=True).vocab_size) for model in (target, draft))
+    size, own = size_of(target), size_of(draft)
     if same or draft is target:
         return Vocabulary(size, range(own))
-    strings = [_strings(tokenizer, target), _strings(draft_tokenizer, draft)]
-    if None in strings:
-        if size == own:
+    target_strings, draft_strings = strings_of(target, tokenizer), strings_of(draft, draft_tokenizer)
+    if target_strings is None or draft_strings is None:
+        if same_vocabulary(target, draft, tokenizer, draft_tokenizer):
             return Vocabulary(size, range(own))
-        raise ThriftError(
-            f"the draft model has {own:,} tokens and the target {size:,}: to map them by their strings, give "
-            "tt.apply(..., processor=TOKENIZER) and the draft method tokenizer=DRAFT_TOKENIZER; if only padding "
-            "differs, vocabulary='same'"
+        advice = (
+            "to map them by their strings, give tt.apply(..., processor=TOKENIZER) and the draft method "
+            "tokenizer=DRAFT_TOKENIZER; if only padding differs, vocabulary='same'"
         )
-    target_strings, draft_strings = strings
-    assert target_strings is not None and draft_strings is not None
+        raise ThriftError(other_vocabulary(method, target, draft, advice))
     if target_strings == draft_strings:
         return Vocabulary(size, range(own))
     columns = [-1] * own
@@ -92,26 +93,12 @@ def match(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any, *, same
         columns[own_end] = end  # whatever they are called
     common = sum(0 <= token < size for token in columns)
     if common < LEAST * len(draft_strings):
-        raise ThriftError(
-            f"the draft model shares {common:,} of its {len(draft_strings):,} tokens with the target, too few to draft "
-            "with: choose a draft model that has the target's tokenizer"
+        advice = (
+            f"it shares {common:,} of its {len(draft_strings):,} tokens with the target, too few to draft with: choose "
+            "a draft model of the same tokenizer"
         )
+        raise ThriftError(other_vocabulary(method, target, draft, advice))
     return Vocabulary(size, columns)
-
-
-def _strings(tokenizer: Any, model: Any) -> Mapping[str, int] | None:
-    folder = getattr(model.config, "_name_or_path", "")
-    if tokenizer is None and folder and Path(folder).is_dir():
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError):
-            return None
-    if not hasattr(tokenizer, "get_vocab"):
-        return None
-    strings: Mapping[str, int] = tokenizer.get_vocab()
-    return strings
 
 
 class TrimmedHead:

@@ -16,27 +16,25 @@ from ..ops.attention import attention_rows
 from .attention import watch_attention
 from .decoder import context_length, find_attentions
 from .drafts import Given, load_draft
-
-PADDING = 0.01
-"""Vocabularies that differ by a smaller share have the same tokens, and other padding."""
+from .vocabularies import check_vocabulary, size_of
 
 
-def draft_for(model: Any, target: Any, method: str) -> Any:
-    """A draft model that a method was given, loaded where the target is.
+def draft_for(model: Any, target: Any, method: str, tokenizer: Any = None) -> Any:
+    """A draft model that a method was given, loaded where the target is; ``tokenizer`` is the target's, if known.
 
     Raises:
         ThriftError: it is no decoder with attention layers, or has another vocabulary.
     """
-    draft = model.model if isinstance(model, Given) else load_draft(fspath(model), str(target.device), target.dtype)[0]
+    own = None
+    if isinstance(model, Given):
+        draft = model.model
+    else:
+        draft, own = load_draft(fspath(model), str(target.device), target.dtype)
     if draft is target:
         raise ThriftError(f"{method} needs a draft model beside the target; prefill=gemfilter() uses the target itself")
     if not find_attentions(draft):
         raise ThriftError(f"{type(draft).__name__} cannot draft for {method}: choose a decoder-only language model")
-    size, own = (int(m.config.get_text_config(decoder=True).vocab_size) for m in (target, draft))
-    if abs(size - own) > PADDING * size:
-        raise ThriftError(
-            f"the draft model of {method} has {own:,} tokens and the target {size:,}: choose one of the same tokenizer"
-        )
+    check_vocabulary(method, target, draft, tokenizer, own)
     return draft
 
 
@@ -75,7 +73,7 @@ def draft_attention(
     room = context_length(draft)
     if room is not None and int(real.sum(1).max()) > room:
         raise ThriftError(f"the prompt has {int(real.sum(1).max()):,} tokens, the draft model's context is {room:,}")
-    if int(ids.max()) >= int(draft.config.get_text_config(decoder=True).vocab_size):
+    if int(ids.max()) >= size_of(draft):
         raise ThriftError("the prompt has tokens that the draft model does not know: choose one of the same tokenizer")
     found: list[list[Tensor]] = []
     mask, positions, cache = real.long(), (real.long().cumsum(1) - 1).clamp(min=0), None

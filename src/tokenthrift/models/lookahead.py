@@ -19,11 +19,10 @@ from ..core.errors import ThriftError
 from ..core.session import Session
 from .decoder import context_length
 from .depth import Depth
+from .vocabularies import check_vocabulary
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
-
-_PADDING = 1024  # by which the vocabularies of two sizes of one model differ at most
 
 
 class Lookahead:
@@ -128,12 +127,15 @@ class Writer:
         target: the model whose prompts these are.
         draft: another model with the same vocabulary; None is the target itself.
         layers: how many of its first layers the target runs for that; None is half of them.
+        tokenizer: of the draft model, if it is known.
 
     Raises:
         ThriftError: the draft model does not generate text or has another vocabulary, or the target has fewer layers.
     """
 
-    def __init__(self, name: str, target: Any, draft: Any = None, layers: int | None = None) -> None:
+    def __init__(
+        self, name: str, target: Any, draft: Any = None, layers: int | None = None, tokenizer: Any = None
+    ) -> None:
         self.model = target if draft is None else draft
         self.depth = None
         if draft is None:
@@ -145,12 +147,7 @@ class Writer:
             return
         if not getattr(draft, "can_generate", lambda: False)() or draft.config.is_encoder_decoder:
             raise ThriftError(f"{type(draft).__name__} cannot draft for {name}: choose a causal language model")
-        sizes = [len(m.get_input_embeddings().weight) for m in (target, draft)]
-        if abs(sizes[0] - sizes[1]) > _PADDING:
-            raise ThriftError(
-                f"{name} needs a draft model with the model's own vocabulary: it has {sizes[0]:,} tokens, the draft "
-                f"model {sizes[1]:,}"
-            )
+        check_vocabulary(name, target, draft, draft_tokenizer=tokenizer)
 
     def cost(self, n: int, tokens: int) -> float:
         """FLOPs of :meth:`write` for one row of ``n`` tokens."""

@@ -348,7 +348,7 @@ def _shorten(adapter: DecoderAdapter, method: Any, session: Session, call: Call,
     looked = cache(lambda: _queries_and_keys(adapter, layer, call, plain))
     view = View(queries=Lazy(lambda: looked()[0]), keys=Lazy(lambda: looked()[1]), mask=real)
     if "draft" in method.info.needs:
-        draft = draft_for(method.model, adapter.model, method.info.name)
+        draft = draft_for(method.model, adapter.model, method.info.name, session.processor)
         view.offer("draft", partial(draft_attention, draft, call["input_ids"], real))
     map: TokenMap = method.reduce(view.require(method.info.needs))
     seconds = perf_counter() - start
