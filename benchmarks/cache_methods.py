@@ -6,16 +6,15 @@
 The prompt is real text (the Python documentation that comes with Python, PSF licence) with eight facts spread over it.
 After every method the same is measured: how far the next tokens' distributions are from the unmodified model's on the
 text's own continuation, decoded token by token, and how many of the facts greedy decoding still recalls. The prompt's
-last line says what will be asked. The unmodified model runs beside every plan, and so does kvpress for the methods that
-it has; they take turns, and ratios are of neighbours in time. Results are appended to ``--out`` as they come, and a run
-that was interrupted goes on there.
+last line says what will be asked. The unmodified model runs before every method, and kvpress after every plan that it
+has, so that ratios are of neighbours in time. Results are appended to ``--out`` as they come, and a run that was
+interrupted goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import tempfile
@@ -65,7 +64,11 @@ PLANS = (
     "prefill=token_sparse_attention(coverage=0.05, min_tokens={b})",
 )
 """{k} is the share that stays, {draft} a model of the first quarter of the layers."""
-FACTS = ("harbour", "castle", "orchard", "library", "mountain", "bakery", "theatre", "garden")
+FACTS = {
+    "harbour": "copper", "castle": "violin", "orchard": "seven", "library": "lemon",
+    "mountain": "winter", "bakery": "falcon", "theatre": "silver", "garden": "pepper",
+}  # fmt: skip
+"""Places and their passwords."""
 
 
 def main() -> None:
@@ -75,7 +78,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--plans", nargs="+", default=list(PLANS))
     parser.add_argument("--steps", type=int, default=24, help="tokens decoded; the first two are not timed")
-    parser.add_argument("--repeats", type=int, default=2, help="of the plans beside kvpress; the others run once")
+    parser.add_argument("--repeats", type=int, default=1, help="of plans beside kvpress; the others run once")
     parser.add_argument("--peer-python", help="a Python with kvpress==0.5.5")
     parser.add_argument("--out", type=Path, default=Path("out/cache_methods.jsonl"))
     args = parser.parse_args()
@@ -91,6 +94,7 @@ def main() -> None:
             ids, text, facts = made_prompt(tokenizer, tokens, args.steps)
             reference = None
             for plan in args.plans:
+                plain = None
                 for budget in args.budgets:
                     key = [tokens, plan, budget]
                     if any(row["key"] == key for row in done):
@@ -111,7 +115,7 @@ def main() -> None:
                         continue
                     for repeat in range(args.repeats if press else 1):
                         asked = facts if repeat == 0 else []
-                        plain = probe(model, ids, text, [])
+                        plain = plain or probe(model, ids, text, [])
                         with session:
                             ours = probe(model, ids, text, asked, reference)
                         theirs = peer.ask(press, ids, text, f"{folder}/reference.pt") if peer and press else {}
@@ -128,23 +132,19 @@ def main() -> None:
 def made_prompt(tokenizer: Any, tokens: int, steps: int) -> tuple[list[int], list[int], list[Any]]:
     """Ids of a prompt with facts at eight depths, of how its text goes on, and questions with their answers."""
     prose = "\n\n".join(sorted(topics.values(), key=len, reverse=True)[:8])
-    rng = random.Random(0)
-    codes = {place: str(rng.randint(1000, 9999)) for place in FACTS}
-    said = [tokenizer(f"\nThe secret code of the {p} is {code}.\n")["input_ids"] for p, code in codes.items()]
+    asked = [tokenizer(f"\nThe password of the {place} is")["input_ids"] for place in FACTS]
+    said = [tokenizer(f"\nThe password of the {place} is {word}.\n")["input_ids"] for place, word in FACTS.items()]
+    *others, last = FACTS
+    end = tokenizer(f"\n\nRemember the password of the {', the '.join(others)} and the {last}.\n\n")["input_ids"]
     body = tokenizer(prose)["input_ids"]
-    last = f"\n\nRemember the codes of the {', the '.join(FACTS[:-1])} and the {FACTS[-1]} as you read on:\n\n"
-    end = tokenizer(last)["input_ids"]
     room = tokens - sum(map(len, said)) - len(end)
     ids: list[int] = []
     for i, fact in enumerate(said):
         ids += body[room * (2 * i - 1) // (2 * len(said)) if i else 0 : room * (2 * i + 1) // (2 * len(said))] + fact
     ids += body[len(ids) - sum(map(len, said)) : room] + end
     assert len(ids) == tokens
-    facts = []
-    for place, code in codes.items():
-        asked = tokenizer(f"\n\nThe secret code of the {place} is")["input_ids"]
-        both = tokenizer(f"\n\nThe secret code of the {place} is {code}")["input_ids"]
-        facts.append((asked, both[len(asked) :]))
+    # A statement ends with its answer, a full stop and the end of the line.
+    facts = [(question, fact[len(question) : -2]) for question, fact in zip(asked, said, strict=True)]
     return ids, body[room : room + steps], facts
 
 
@@ -200,7 +200,8 @@ def line(row: dict[str, Any]) -> str:
         peer = f"| {row['kl_peer']:.3f} | {row['ttft_to_peer']:.2f}× | {row['decode_to_peer']:.2f}× "
     return (
         f"| `{row['call']}` | {row['kl']:.3f} | {row['top1']:.0%} | {row['score']:.0%} | {row['bytes']:.3f}× "
-        f"| {row['ttft']:.2f} | {row['ttft_full']:.2f}× | {row['decode'] * 1000:.1f} | {row['decode_full']:.2f}× {peer}|"
+        f"| {row['ttft']:.2f} | {row['ttft_full']:.2f}× "
+        f"| {row['decode'] * 1000:.1f} | {row['decode_full']:.2f}× {peer}|"
     )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -97,9 +98,8 @@ def serve() -> None:
         job = json.loads(line)
         press = eval(job["press"], vars(kvpress))
         model.set_attn_implementation("eager" if isinstance(press, kvpress.ObservedAttentionPress) else "sdpa")
-        result = probe(
-            model, job["ids"], job["text"], [], torch.load(job["reference"]), lambda: press(model), positions=True
-        )
+        reference, compress = torch.load(job["reference"]), partial(press, model)
+        result = probe(model, job["ids"], job["text"], [], reference, compress, positions=True)
         del result["logp"]
         print(json.dumps(result), file=sys.__stdout__, flush=True)
 
