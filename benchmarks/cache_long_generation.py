@@ -4,7 +4,7 @@
 
 Prints a table with a row a plan: cache bytes after a quarter and at the end, the most in between, tokens a second in
 the first and in the last quarter and their ratio, and by how much the newest entries of the layers miss the position of
-the last token. The unreduced cache is the first row. ``--json FILE`` saves these and the bytes after every token.
+the last token. The unreduced cache is the first row. ``--json FILE`` saves these and the bytes after every token, ``--plot FILE`` draws the bytes.
 """
 
 from __future__ import annotations
@@ -70,6 +70,19 @@ def row(result: dict[str, Any]) -> str:
     return f"| `{result['plan']}` | {sizes} | {rates} | {result['drift']} |"
 
 
+def plot(results: list[dict[str, Any]], file: str) -> None:
+    """Cache bytes after every token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="tokens generated", ylabel="keys and values, MB")
+    for result in results:
+        axes.plot([n / 1e6 for n in result["bytes"]], label=result["plan"], linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -79,6 +92,7 @@ def main() -> None:
     parser.add_argument("--no-full", action="store_true", help="leave out the unreduced cache")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="an SVG or PNG file")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -91,6 +105,8 @@ def main() -> None:
     for plan in [*([] if args.no_full else [None]), *(args.plan or PLANS)]:
         results.append(measure(model, ids, plan, args.tokens))
         print(row(results[-1]), flush=True)
+    if args.plot:
+        plot(results, args.plot)
     if args.json:
         Path(args.json).write_text(json.dumps(results), encoding="utf-8")
 

@@ -190,14 +190,20 @@ def row_of(pairs: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -
         row[name], row[f"{name}_full"] = median(1, name), ratio(name, 0)
         if theirs:
             row[f"{name}_peer"], row[f"{name}_to_peer"] = median(2, name), ratio(name, 2)
-    return row | ({"kl_peer": theirs["kl"], "bytes_peer": theirs["bytes"] / first["bytes"]} if theirs else {})
+    if theirs:
+        row["kl_peer"], row["bytes_peer"] = theirs["kl"], theirs["bytes"] / first["bytes"]
+        if ours["bytes"] == theirs["bytes"]:
+            away = (torch.tensor(ours["keys"]) - torch.tensor(theirs["keys"])).abs().amax(-1)
+            row["same"] = float((away < 0.05).float().mean())
+    return row
 
 
 def line(row: dict[str, Any]) -> str:
     """A line of the table."""
-    peer = "| | | | "
+    peer = "| | | | | "
     if "kl_peer" in row:
-        peer = f"| {row['kl_peer']:.3f} | {row['ttft_to_peer']:.2f}× | {row['decode_to_peer']:.2f}× "
+        same = f"{row['same']:.0%}" if "same" in row else f"{row['bytes_peer']:.3f}× bytes"
+        peer = f"| {row['kl_peer']:.3f} | {same} | {row['ttft_to_peer']:.2f}× | {row['decode_to_peer']:.2f}× "
     return (
         f"| `{row['call']}` | {row['kl']:.3f} | {row['top1']:.0%} | {row['score']:.0%} | {row['bytes']:.3f}× "
         f"| {row['ttft']:.2f} | {row['ttft_full']:.2f}× "
@@ -215,9 +221,9 @@ def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             )
             print(
                 "| plan | KL | top-1 | recall | KV bytes | TTFT s | vs full | decode ms/token | vs full "
-                "| kvpress: KL | TTFT, ours/theirs | decode, ours/theirs |"
+                "| kvpress: KL | heads with the same entries | TTFT, ours/theirs | decode, ours/theirs |"
             )
-            print("|---|" + "--:|" * 11)
+            print("|---|" + "--:|" * 12)
             print("\n".join(map(line, these)))
 
 

@@ -41,7 +41,8 @@ def probe(
 
     Returns:
         ``ttft`` and ``decode`` (median of a token) in seconds, ``bytes`` of keys and values, ``kl`` and ``top1`` to the
-        reference, ``score`` of the questions, ``logp`` as ``reference``.
+        reference, ``score`` of the questions, ``logp`` as ``reference``; ``keys``, for every layer and head the sum of
+        its keys, which is the same where the same entries are kept, in whatever order.
     """
     prompt = torch.tensor([ids])
     start = perf_counter()
@@ -75,6 +76,7 @@ def probe(
 
     size = sum(getattr(layer, "nbytes", 0) or layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
     result = {"ttft": ttft, "decode": statistics.median(times[2:]), "bytes": size, "logp": logp}
+    result["keys"] = [layer.keys.sum(2).flatten(0, 1).tolist() for layer in kept.layers]
     if facts:
         result["score"] = found / len(facts)
     if reference is not None:
