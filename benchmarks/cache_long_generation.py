@@ -4,7 +4,8 @@
 
 Prints a table with a row a plan: cache bytes after a quarter and at the end, the most in between, tokens a second in
 the first and in the last quarter and their ratio, and by how much the newest entries of the layers miss the position of
-the last token. The unreduced cache is the first row. ``--json FILE`` saves these and the bytes after every token, ``--plot FILE`` draws the bytes.
+the last token. The unreduced cache is the first row. ``--json FILE`` saves these and the bytes after every token,
+``--plot FILE`` draws the bytes.
 """
 
 from __future__ import annotations
