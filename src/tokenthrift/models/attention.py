@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,16 @@ EXOTIC = ("softcap", "s_aux", "position_bias")
 """Arguments of attention functions that make them more than softmax attention with a mask."""
 
 
-class Watcher(Protocol):
+class Watcher:
     """Sees each attention call of one module, before and after it."""
 
     def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         """May replace the mask. ``query`` ``(batch, heads, q, dim)``, ``key`` ``(batch, kv_heads, kv, dim)``."""
+        return mask
+
+    def answer(self, query: Tensor, scaling: float) -> Tensor | None:
+        """May give what attention gives, ``(batch, heads, q, dim)``, in the model's stead."""
+        return None
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         """Runs when the output exists; may reduce the layer's cache."""
@@ -63,11 +68,17 @@ class Run(Protocol):
 
 _watchers: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
 _replaced: WeakKeyDictionary[nn.Module, Attend] = WeakKeyDictionary()
+_exotic: WeakSet[nn.Module] = WeakSet()
 
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether a session answers this module's attention calls."""
     return module in _replaced
+
+
+def is_exotic(module: nn.Module) -> bool:
+    """Whether a module that was called before does more than softmax attention with a mask."""
+    return module in _exotic
 
 
 def watch_attention(modules: Iterable[nn.Module], make: Callable[[nn.Module], Watcher], undo: ExitStack) -> None:
@@ -152,14 +163,20 @@ def _attention_over(base: str) -> Callable[..., Any]:
         watcher, replaced = _watchers.get(module), _replaced.get(module)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mask = attention_mask if watcher is None else watcher.before(query, key, attention_mask)
-        if replaced is None:
+        exotic = ", ".join(name for name in EXOTIC if kwargs.get(name) is not None)
+        if exotic:
+            _exotic.add(module)
+        answer = None if watcher is None or replaced is not None else watcher.answer(query, scaling)
+        if answer is not None:
+            out = answer.transpose(1, 2), None
+        elif replaced is None:
             out = run(module, query, key, value, mask, **kwargs)
         else:
 
             def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
                 return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
 
-            model_s.exotic = ", ".join(name for name in EXOTIC if kwargs.get(name) is not None)  # type: ignore[attr-defined]
+            model_s.exotic = exotic  # type: ignore[attr-defined]
             out = replaced(cast("Run", model_s), query, key, value, mask, scaling).transpose(1, 2), None
         if watcher is not None:
             watcher.after(query, key, value, mask, scaling)

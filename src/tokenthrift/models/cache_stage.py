@@ -26,7 +26,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
-from .attention import real_tokens, watch_attention
+from .attention import Watcher, is_exotic, is_replaced, real_tokens, watch_attention
 from .growing import GrowingLayer
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .layer_kinds import check_kinds
@@ -75,7 +75,7 @@ def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: 
         lookahead.install(undo)
 
 
-class CacheWatcher:
+class CacheWatcher(Watcher):
     """One attention layer: supplies masks that fit a reduced cache, and reduces it.
 
     That is after the first forward of the prompt, and, where the method says so (``every``), again whenever so many
@@ -104,10 +104,21 @@ class CacheWatcher:
         self.rotary = partial(rotary_of, module, kwargs.get("position_embeddings"))
         self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         self.prompt = self.cache is not None and int(self.cache.get_seq_length(self.layer)) == 0
+        stored = self._stored()
+        if isinstance(stored, RaggedLayer) and not self.counts:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            stored.apart = hidden.shape[1] == 1 and not is_exotic(module) and not is_replaced(module) and stored.few
+
+    def answer(self, query: Tensor, scaling: float) -> Tensor | None:
+        stored = self._stored()
+        if not isinstance(stored, RaggedLayer) or not stored.apart:
+            return None
+        stored.apart = False
+        return stored.attend(query, scaling)
 
     def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         stored, new = self._stored(), query.shape[-2]
-        if not isinstance(stored, ReducedLayer) or self.prompt:
+        if not isinstance(stored, ReducedLayer) or self.prompt or getattr(stored, "apart", False):
             return mask
         if new > 1 and mask is not None:  # a prompt that comes in parts: its padding is nothing to read later
             stored.hide(real_tokens(mask)[:, -new:].expand(query.shape[0], -1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.costs import DecoderCosts
 from ..core.errors import ThriftError
 from ..ops.attention import attention_rows
-from .attention import watch_attention
+from .attention import Watcher, watch_attention
 from .decoder import context_length, find_attentions
 from .drafts import Given, load_draft
 from .vocabularies import check_vocabulary, size_of
@@ -101,14 +101,11 @@ def draft_attention(
     return found
 
 
-class _Note:
+class _Note(Watcher):
     """Shows a function the queries and keys of attention calls."""
 
     def __init__(self, note: Callable[[Tensor, Tensor, float], None]) -> None:
         self.note = note
-
-    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         self.note(query, key, scaling)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..core.errors import ThriftError
-from .attention import watch_attention
+from .attention import Watcher, watch_attention
 from .decoder import context_length, find_attentions
 from .layer_kinds import check_kinds
 
@@ -102,14 +102,11 @@ def agreement(query: Tensor, key: Tensor, top: int) -> Tensor:
     return torch.stack(scores)
 
 
-class _Agreement:
+class _Agreement(Watcher):
     """Watches one layer."""
 
     def __init__(self, queries: int, top: int, note: Callable[[Tensor], None]) -> None:
         self.queries, self.top, self.note = queries, top, note
-
-    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         self.note(agreement(query[0, :, -self.queries :], key[0], self.top))

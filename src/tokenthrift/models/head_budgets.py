@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..core.errors import ThriftError
 from ..core.view import View
 from ..ops.attention import attention_rows, group_mean
-from .attention import watch_attention
+from .attention import Watcher, watch_attention
 from .cache_stage import cache_view
 from .decoder import context_length, find_attentions
 from .frequency_chunks import written
@@ -85,7 +85,7 @@ def score_budgets(
     return [found.get(layer, []) for layer in range(len(sliding))]
 
 
-class _Mass:
+class _Mass(Watcher):
     """Watches one layer."""
 
     def __init__(
@@ -99,9 +99,6 @@ class _Mass:
     ) -> None:
         self.score, self.queries, self.steps, self.note = score, queries, steps, note
         self.layer, self.layers = layer, layers
-
-    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         n = key.shape[-2]

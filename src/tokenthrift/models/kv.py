@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
 from ..ops.rotary import Rotary
 from .growing import GrowingLayer
+
+FEW = 16
+"""So many heads of all rows are faster one by one, each with its own entries, than together with padding."""
 
 
 def reduced_layer(
@@ -240,8 +244,13 @@ class RaggedLayer(ReducedLayer):
 
     The kept entries of all rows and heads lie one behind the other, ``(entries, head_dim)``; tokens that come later are
     the same for all heads and lie beside them. Attention sees keys and values padded to the longest head: these exist
-    for one layer at a time, while it runs.
+    for one layer at a time, while it runs. Where they are few, single tokens are better answered head by head.
+
+    Attributes:
+        apart: the next token comes to be answered by :meth:`attend`; :meth:`update` then returns that token only.
     """
+
+    apart = False
 
     def __init__(
         self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor, *, proportional: bool = False
@@ -249,6 +258,8 @@ class RaggedLayer(ReducedLayer):
         self._flat: dict[str, Tensor] = {}
         self._later: dict[str, Tensor] = {}
         self._index = torch.zeros(0, dtype=torch.int32)
+        self._lengths: list[list[int]] = []  # of each row's heads, without what came later
+        self._holes = False  # whether some of that is padding
         super().__init__(keys, values, map, mask, proportional=proportional)
 
     @classmethod
@@ -272,6 +283,7 @@ class RaggedLayer(ReducedLayer):
         if self.real is None:
             return
         slots = self.real.flatten()
+        self._lengths, self._holes = self.real.sum(-1).tolist(), False
         for name in ("keys", "values"):
             dense = getattr(self, name)
             self._later[name] = dense[..., :0, :].clone()
@@ -318,7 +330,38 @@ class RaggedLayer(ReducedLayer):
         self.came = self.came + new
         for name, states in (("keys", key_states), ("values", value_states)):
             self._later[name] = torch.cat([self._later[name], states], dim=-2)
-        return self.keys, self.values
+        return (key_states, value_states) if self.apart else (self.keys, self.values)
+
+    @property
+    def few(self) -> bool:
+        """Whether attention head by head is faster than with padding, and possible: no later token is padding."""
+        return (
+            math.prod(self.map.lead) <= FEW and self.device.type == "cpu" and "keys" in self._flat and not self._holes
+        )
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """What the newest token reads: ``(batch, heads, 1, dim)`` of its queries, without any padding."""
+        batch, kv_heads = self.map.lead
+        grouped = query.reshape(batch, kv_heads, 1, -1, query.shape[-1])
+        out, start = torch.empty_like(grouped), 0
+        for row, head in product(range(batch), range(kv_heads)):
+            end = start + self._lengths[row][head]
+            keys, values = (
+                torch.cat([self._flat[name][start:end], self._later[name][row, head]])[None, None]
+                for name in ("keys", "values")
+            )
+            bias = None
+            if self.bias is not None and self.real is not None:
+                bias = self.bias[row, head][self.real[row, head]][None, None, None].to(query.dtype)
+            out[row, head] = scaled_dot_product_attention(
+                grouped[row, head][None], keys, values, attn_mask=bias, scale=scaling
+            )[0]
+            start = end
+        return out.reshape(query.shape)
+
+    def hide(self, new: Tensor) -> None:
+        super().hide(new)
+        self._holes = self._holes or not bool(new.all())
 
     def _crop(self, tokens_to_remove: int) -> None:
         count = abs(tokens_to_remove)

@@ -24,7 +24,7 @@ from ..core.session import Session
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import attention_rows
-from .attention import watch_attention
+from .attention import Watcher, watch_attention
 from .depth import Depth
 
 if TYPE_CHECKING:
@@ -292,14 +292,11 @@ class Floors:
         return out
 
 
-class _Scores:
+class _Scores(Watcher):
     """Notes the attention of the last query at the end of a floor."""
 
     def __init__(self, run: Floors) -> None:
         self.run = run
-
-    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         lazy = self.run.lazy

@@ -32,7 +32,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attend_selected, attention_rows
 from ..ops.chunk_attention import attend_reads
-from .attention import Attend, Run, replace_attention, watching_instead
+from .attention import Attend, Run, Watcher, replace_attention, watching_instead
 from .cascade_stage import install_cascade
 from .draft_attention import draft_attention, draft_for
 from .growing import GrowingLayer
@@ -414,7 +414,7 @@ class _Enough(Exception):
     """Ends a forward of which no more is needed."""
 
 
-class _Catch:
+class _Catch(Watcher):
     """Takes the queries and keys of a layer's attention call, and ends the forward there."""
 
     def __init__(self) -> None:

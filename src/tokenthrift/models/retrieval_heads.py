@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..core.errors import ThriftError
 from ..ops.attention import attention_rows
-from .attention import watch_attention
+from .attention import Watcher, watch_attention
 from .decoder import context_length, find_attentions
 from .layer_kinds import check_kinds
 
@@ -83,14 +83,11 @@ def score_heads(
     return echo, induction, block
 
 
-class _HeadWatcher:
+class _HeadWatcher(Watcher):
     """Scores one layer's heads when its attention has run."""
 
     def __init__(self, block: int, note: Callable[[tuple[Tensor, Tensor]], None]) -> None:
         self.block, self.note = block, note
-
-    def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         n, block, kv_heads = key.shape[-2], self.block, key.shape[1]
