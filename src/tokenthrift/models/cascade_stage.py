@@ -28,6 +28,7 @@ from .attention import Run, replace_attention, watch_attention
 from .cache_stage import CacheWatcher
 from .depth import Depth
 from .kv import ReducedLayer
+from .layer_kinds import check_windows
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -74,10 +75,7 @@ def install_cascade(
         ThriftError: layers that cannot be found, have a sliding window, or are not there.
     """
     layers, name = Depth(adapter.model).layers, method.info.name
-    if any(window is not None for window in adapter.costs.windows):
-        raise ThriftError(
-            f"prefill={name} needs layers with full attention; {type(adapter.model).__name__} has windows"
-        )
+    check_windows(adapter, f"prefill={name}")
     run = Cascade(adapter, method, session)
     for i, layer in enumerate(layers):
         plain, own = layer.forward, "forward" in vars(layer)

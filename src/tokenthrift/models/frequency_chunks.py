@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from torch import Tensor
 
 from ..core.errors import ThriftError
-from .attention import Watcher, watch_attention
-from .decoder import context_length, find_attentions
+from .attention import Watcher
+from .decoder import context_length
 from .layer_kinds import check_kinds
+from .measuring import measure_layers, written
 
 
 def score_chunks(
@@ -58,24 +57,9 @@ def score_chunks(
             f"frequency chunks need queries and top of at least 1, together at most the text's {length} tokens, and of "
             f"these at most {longest or 'any number'}; got queries={queries}, top={top}"
         )
-    sliding = [getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers]
-    modules = [m for m in find_attentions(model) if not sliding[int(m.layer_idx)]]  # type: ignore[arg-type]
-    found: dict[int, list[list[float]]] = {}
-
-    def make(module: nn.Module) -> _Agreement:
-        def note(scores: Tensor) -> None:
-            found[int(module.layer_idx)] = scores.tolist()  # type: ignore[arg-type]
-            if progress is not None:
-                progress(len(found), len(modules))
-
-        return _Agreement(queries, top, note)
-
-    if ids is None:
-        ids = written(model, tokens, seed)
-    with ExitStack() as undo, torch.inference_mode():
-        watch_attention(modules, make, undo)
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    return [found.get(layer, []) for layer in range(len(sliding))]
+    text = written(model, tokens, seed) if ids is None else ids
+    found = measure_layers(model, text, lambda *at: _Agreement(queries, top, at[-1]), progress)
+    return [[] if scores is None else scores.tolist() for scores in found]
 
 
 def agreement(query: Tensor, key: Tensor, top: int) -> Tensor:
@@ -110,24 +94,3 @@ class _Agreement(Watcher):
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         self.note(agreement(query[0, :, -self.queries :], key[0], self.top))
-
-
-def written(model: Any, tokens: int, seed: int) -> Tensor:
-    """``(1, tokens)``: what the model writes when it may choose freely."""
-    config = model.generation_config
-    start = next((t for t in (config.bos_token_id, config.eos_token_id) if isinstance(t, int)), 0)
-    ids = torch.tensor([[start]], device=model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        text: Tensor = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens - 1,
-            min_new_tokens=tokens - 1,  # an end of text does not end it
-            do_sample=True,
-            temperature=1.0,
-            top_k=50,
-            top_p=1.0,
-        )
-    return text

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from torch import Tensor
 
 from ..core.errors import ThriftError
 from ..core.view import View
 from ..ops.attention import attention_rows, group_mean
-from .attention import Watcher, watch_attention
+from .attention import Watcher
 from .cache_stage import cache_view
-from .decoder import context_length, find_attentions
-from .frequency_chunks import written
+from .decoder import context_length
+from .measuring import measure_layers, written
 
 _ROWS = 64  # of attention, that exist at once
 
@@ -63,26 +62,9 @@ def score_budgets(
             f"budgets of heads need queries and steps of at least 1, together at most the text's {length} tokens, and "
             f"of these at most {longest or 'any number'}; got queries={queries}, steps={steps}"
         )
-    sliding = [getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers]
-    modules = [m for m in find_attentions(model) if not sliding[int(m.layer_idx)]]  # type: ignore[arg-type]
-    found: dict[int, list[list[float]]] = {}
-
-    def make(module: nn.Module) -> _Mass:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-
-        def note(held: Tensor) -> None:
-            found[layer] = held.tolist()
-            if progress is not None:
-                progress(len(found), len(modules))
-
-        return _Mass(score, queries, steps, layer, len(sliding), note)
-
-    if ids is None:
-        ids = written(model, tokens, seed)
-    with ExitStack() as undo, torch.inference_mode():
-        watch_attention(modules, make, undo)
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    return [found.get(layer, []) for layer in range(len(sliding))]
+    text = written(model, tokens, seed) if ids is None else ids
+    found = measure_layers(model, text, partial(_Mass, score, queries, steps), progress)
+    return [[] if held is None else held.tolist() for held in found]
 
 
 class _Mass(Watcher):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..core.errors import ThriftError
 from .decoder import find_attentions
+
+if TYPE_CHECKING:
+    from .decoder import DecoderAdapter
 
 PLAIN = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 """Layers that keep the keys and values of every head, as configurations call them."""
@@ -37,6 +40,16 @@ def check_kinds(model: Any, what: str, *, states: bool) -> None:
             f"{what} cannot work on {type(model).__name__}: its {next(iter(odd.values()))}; leave it out, or choose a "
             "model whose layers have standard attention"
         )
+
+
+def check_windows(adapter: DecoderAdapter, what: str) -> None:
+    """Refuse a model with a sliding window.
+
+    Raises:
+        ThriftError: says so.
+    """
+    if any(window is not None for window in adapter.costs.windows):
+        raise ThriftError(f"{what} needs layers with full attention; {type(adapter.model).__name__} has windows")
 
 
 def odd_layers(model: Any) -> dict[int, str]:

@@ -26,6 +26,7 @@ from ..core.view import View
 from ..ops.attention import attention_rows
 from .attention import Watcher, watch_attention
 from .depth import Depth
+from .layer_kinds import check_windows
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -136,10 +137,7 @@ def install_lazy(adapter: DecoderAdapter, method: Any, session: Session, undo: E
         ThriftError: layers that cannot be found, have a sliding window, or are not there.
     """
     layers, name = Depth(adapter.model).layers, method.info.name
-    if any(window is not None for window in adapter.costs.windows):
-        raise ThriftError(
-            f"prefill={name} needs layers with full attention; {type(adapter.model).__name__} has windows"
-        )
+    check_windows(adapter, f"prefill={name}")
     ends: list[int] = method.ends(len(layers))
     floors = [sum(end < i for end in ends) for i in range(len(layers))]
     run = Floors(adapter, method, session, ends)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from torch import Tensor
 
 from ..core.errors import ThriftError
 from ..ops.attention import attention_rows
-from .attention import Watcher, watch_attention
-from .decoder import context_length, find_attentions
+from .attention import Watcher
+from .decoder import context_length
 from .layer_kinds import check_kinds
+from .measuring import measure_layers
 
 _ROWS = 128  # of attention, that exist at once
 
@@ -62,24 +61,8 @@ def score_heads(
     draw = torch.Generator().manual_seed(seed)
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(size, (1, block), generator=draw).repeat(1, repeats).to(model.device)
-    sliding = [getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers]
-    modules = [m for m in find_attentions(model) if not sliding[int(m.layer_idx)]]  # type: ignore[arg-type]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def make(module: nn.Module) -> _HeadWatcher:
-        def note(scores: tuple[Tensor, Tensor]) -> None:
-            found[int(module.layer_idx)] = scores  # type: ignore[arg-type]
-            if progress is not None:
-                progress(len(found), len(modules))
-
-        return _HeadWatcher(block, note)
-
-    with ExitStack() as undo, torch.inference_mode():
-        watch_attention(modules, make, undo)
-        model.base_model(input_ids=ids, use_cache=False)
-    echo, induction = (
-        [found[layer][kind].tolist() if layer in found else [] for layer in range(len(sliding))] for kind in (0, 1)
-    )
+    found = measure_layers(model, ids, lambda *at: _HeadWatcher(block, at[-1]), progress)
+    echo, induction = ([[] if both is None else both[kind].tolist() for both in found] for kind in (0, 1))
     return echo, induction, block
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top
+from .layers import ascending
 
 
 @method(
@@ -54,15 +54,7 @@ class LazyLLM:
     def __post_init__(self) -> None:
         Budget(ratio=self.keep)
         if self.layers is not None:
-            named = self.layers
-            if (
-                not isinstance(named, Sequence)
-                or not named
-                or not all(type(i) is int and i >= 0 for i in named)
-                or sorted(set(named)) != list(named)
-            ):
-                raise ThriftError(f"lazy_llm layers={named!r} must be layers in ascending order: write layers=(8, 16)")
-            object.__setattr__(self, "layers", tuple(named))
+            object.__setattr__(self, "layers", ascending("lazy_llm", self.layers, "(8, 16)"))
 
     def ends(self, layers: int) -> list[int]:
         """The layers after which tokens are left behind, in a model of ``layers`` layers; never the last."""

@@ -14,6 +14,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import keep_top
+from .layers import ascending
 
 TOKENS = ((1, 1 / 7), (2, 2 / 7), (4, 4 / 7), (10, 1.0))
 """After which layer of 24, counted from 0, which part of the way to ``keep`` is gone: 90, 80, 60 and 30% of GPT-2
@@ -77,17 +78,7 @@ class SpAttenCascade:
                 f"spatten_cascade threshold={self.threshold} is no probability: 0.05 is usual, None is off"
             )
         if self.layers is not None:
-            named = self.layers
-            if (
-                not isinstance(named, Sequence)
-                or not named
-                or not all(type(i) is int and i >= 0 for i in named)
-                or sorted(set(named)) != list(named)
-            ):
-                raise ThriftError(
-                    f"spatten_cascade layers={named!r} must be layers in ascending order: write layers=(2, 5, 12)"
-                )
-            object.__setattr__(self, "layers", tuple(named))
+            object.__setattr__(self, "layers", ascending("spatten_cascade", self.layers, "(2, 5, 12)"))
 
     @property
     def own_attention(self) -> bool:
