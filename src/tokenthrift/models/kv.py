@@ -124,14 +124,17 @@ class ReducedLayer(GrowingLayer):
         return self.keys.untyped_storage().nbytes() + self.values.untyped_storage().nbytes()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = key_states.shape[-2]
+        self._count(key_states.shape[-2])
+        return super().update(key_states, value_states)
+
+    def _count(self, new: int) -> None:
+        """So many tokens come, all of them real as far as is known."""
         if self.real is not None:
             self.real = pad(self.real, (0, new), value=True)
         if self.bias is not None:
             self.bias = pad(self.bias, (0, new))
         self.seen += new
         self.came = self.came + new
-        return super().update(key_states, value_states)
 
     def hide(self, new: Tensor) -> None:
         """Of the tokens that came last, some are padding: ``new`` ``(batch, tokens)`` bool is false for these."""
@@ -268,9 +271,9 @@ class RaggedLayer(ReducedLayer):
         n, lead, device = layer.stored, layer.map.lead, layer.map.device
         everything = torch.ones(lead[0], n, dtype=torch.bool, device=device)
         made = cls(layer.keys, layer.values, TokenMap.identity(n, lead, device), everything)
-        for name in ("map", "real", "bias", "seen", "came", "received", "queries", "rotary", "proportional", "room"):
+        same = "map", "real", "bias", "seen", "came", "whole", "received", "queries", "rotary", "proportional", "room"
+        for name in same:
             setattr(made, name, getattr(layer, name))
-        made.whole = layer.whole
         made._compact()
         return made
 
@@ -321,13 +324,7 @@ class RaggedLayer(ReducedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             return super().update(key_states, value_states)
-        new = key_states.shape[-2]
-        if self.real is not None:
-            self.real = pad(self.real, (0, new), value=True)
-        if self.bias is not None:
-            self.bias = pad(self.bias, (0, new))
-        self.seen += new
-        self.came = self.came + new
+        self._count(key_states.shape[-2])
         for name, states in (("keys", key_states), ("values", value_states)):
             self._later[name] = torch.cat([self._later[name], states], dim=-2)
         return (key_states, value_states) if self.apart else (self.keys, self.values)
