@@ -6,9 +6,10 @@
 The prompt is real text (the Python documentation that comes with Python, PSF licence) with eight facts spread over it.
 After every method the same is measured: how far the next tokens' distributions are from the unmodified model's on the
 text's own continuation, decoded token by token, and how many of the facts greedy decoding still recalls. The prompt's
-last line says what will be asked. The unmodified model runs before every method, and kvpress after every plan that it
-has, so that ratios are of neighbours in time. Results are appended to ``--out`` as they come, and a run that was
-interrupted goes on there.
+last line says what will be asked. The unmodified model reads the prompt before every method, and kvpress after every
+plan that it has. Decoding takes turns of a few tokens, unmodified, ours, kvpress, and a ratio is the median of the
+turns' ratios, so that a busy machine slows all alike. Results are appended to ``--out`` as they come, and a run that
+was interrupted goes on there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from cache_probe import probe
+from cache_probe import pace, probe
 from decode_methods import first_layers
 
 import tokenthrift as tt
@@ -77,8 +78,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--plans", nargs="+", default=list(PLANS))
-    parser.add_argument("--steps", type=int, default=24, help="tokens decoded; the first two are not timed")
-    parser.add_argument("--repeats", type=int, default=1, help="of plans beside kvpress; the others run once")
+    parser.add_argument("--steps", type=int, default=24, help="tokens of the text's continuation that are compared")
+    parser.add_argument("--turns", type=int, default=5, help="of ten decoded tokens, the first two not timed")
     parser.add_argument("--peer-python", help="a Python with kvpress==0.5.5")
     parser.add_argument("--out", type=Path, default=Path("out/cache_methods.jsonl"))
     args = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
             ids, text, facts = made_prompt(tokenizer, tokens, args.steps)
             reference = None
             for plan in args.plans:
-                plain = None
+                plain: dict[str, Any] = {}
                 for budget in args.budgets:
                     key = [tokens, plan, budget]
                     if any(row["key"] == key for row in done):
@@ -107,21 +108,25 @@ def main() -> None:
                     share = budget / tokens
                     call = plan.format(b=budget, k=round(share, 4), draft=draft)
                     press = KVPRESS[plan].format(r=1 - share) if peer is not None and plan in KVPRESS else None
-                    pairs = []
                     try:
                         session = tt.apply(call, model)
                     except tt.ThriftError as error:
                         print(f"# {call}: {error}")
                         continue
-                    for repeat in range(args.repeats if press else 1):
-                        asked = facts if repeat == 0 else []
-                        plain = plain or probe(model, ids, text, [])
+                    plain = plain or probe(model, ids, text[:1], [])
+                    with session:
+                        ours = probe(model, ids, text, facts, reference)
+                    theirs = peer.ask(press, ids, text, f"{folder}/reference.pt") if peer and press else {}
+                    turns = []
+                    for _ in range(args.turns):
+                        turn = [pace(model, plain["cache"], text[:10], tokens)]
                         with session:
-                            ours = probe(model, ids, text, asked, reference)
-                        theirs = peer.ask(press, ids, text, f"{folder}/reference.pt") if peer and press else {}
-                        pairs.append((plain, ours, theirs))
+                            turn.append(pace(model, ours["cache"], text[:10], tokens))
+                        if peer and press:
+                            turn.append(peer.pace(text[:10], tokens))
+                        turns.append(turn)
                     row = {"key": key, "call": call.replace(draft, f"first {layers} layers"), "all": full["score"]}
-                    row |= row_of(pairs)
+                    row |= row_of(plain, ours, theirs, turns)
                     done.append(row)
                     with args.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
@@ -164,6 +169,10 @@ class Peer:
     def ask(self, press: str, ids: list[int], text: list[int], reference: str) -> dict[str, Any]:
         return self._send({"press": press, "ids": ids, "text": text, "reference": reference})
 
+    def pace(self, text: list[int], seen: int) -> float:
+        """Seconds a token of the last job's cache."""
+        return float(self._send({"pace": text, "seen": seen})["decode"])
+
     def _send(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -174,24 +183,21 @@ class Peer:
         return json.loads(answer)
 
 
-def row_of(pairs: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of the times, and of their ratios within a turn."""
+def row_of(
+    plain: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any], turns: list[list[float]]
+) -> dict[str, Any]:
+    """What a line of the table says; ``turns`` have seconds a token, unmodified, ours and, if there, theirs."""
 
-    def median(which: int, name: str) -> float:
-        return statistics.median(turn[which][name] for turn in pairs)
+    def ratio(to: int) -> float:
+        return statistics.median(turn[1] / turn[to] for turn in turns)
 
-    def ratio(name: str, to: int) -> float:
-        return statistics.median(turn[1][name] / turn[to][name] for turn in pairs)
-
-    first, ours, theirs = pairs[0]
-    row = {name: ours[name] for name in ("kl", "top1", "score", "bytes")}
-    row["bytes"] /= first["bytes"]
-    for name in ("ttft", "decode"):
-        row[name], row[f"{name}_full"] = median(1, name), ratio(name, 0)
-        if theirs:
-            row[f"{name}_peer"], row[f"{name}_to_peer"] = median(2, name), ratio(name, 2)
+    row = {name: ours[name] for name in ("ttft", "kl", "top1", "score")} | {"turns": turns}
+    row["bytes"] = ours["bytes"] / plain["bytes"]
+    row["ttft_full"] = ours["ttft"] / plain["ttft"]
+    row["decode"], row["decode_full"] = statistics.median(turn[1] for turn in turns), ratio(0)
     if theirs:
-        row["kl_peer"], row["bytes_peer"] = theirs["kl"], theirs["bytes"] / first["bytes"]
+        row["ttft_to_peer"], row["decode_to_peer"] = ours["ttft"] / theirs["ttft"], ratio(2)
+        row["kl_peer"], row["bytes_peer"] = theirs["kl"], theirs["bytes"] / plain["bytes"]
         if ours["bytes"] == theirs["bytes"]:
             away = (torch.tensor(ours["keys"]) - torch.tensor(theirs["keys"])).abs().amax(-1)
             row["same"] = float((away < 0.05).float().mean())

@@ -40,9 +40,9 @@ def probe(
         positions: give position ids, for a cache that does not know how many tokens it has seen.
 
     Returns:
-        ``ttft`` and ``decode`` (median of a token) in seconds, ``bytes`` of keys and values, ``kl`` and ``top1`` to the
-        reference, ``score`` of the questions, ``logp`` as ``reference``; ``keys``, for every layer and head the sum of
-        its keys, which is the same where the same entries are kept, in whatever order.
+        ``ttft`` in seconds, ``bytes`` of keys and values, ``kl`` and ``top1`` to the reference, ``score`` of the
+        questions, ``logp`` as ``reference``; ``keys``, for every layer and head the sum of its keys, which is the same
+        where the same entries are kept, in whatever order; ``cache`` after the prompt.
     """
     prompt = torch.tensor([ids])
     start = perf_counter()
@@ -50,16 +50,11 @@ def probe(
         out = model(prompt, use_cache=True, logits_to_keep=1)
     ttft, kept, seen = perf_counter() - start, out.past_key_values, len(ids)
 
-    def step(cache: Any, tokens: list[int], at: int) -> Tensor:
-        where = {"position_ids": torch.arange(at, at + len(tokens))[None]} if positions else {}
-        return model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1, **where).logits
+    step = partial(forward, model, positions)
 
-    cache, times, logits = deepcopy(kept), [], [out.logits[0, -1]]
+    cache, logits = deepcopy(kept), [out.logits[0, -1]]
     for i, token in enumerate(text):
-        start = perf_counter()
-        row = step(cache, [token], seen + i)[0, -1]
-        times.append(perf_counter() - start)
-        logits.append(row)
+        logits.append(step(cache, [token], seen + i)[0, -1])
     logp = torch.stack(logits[:-1]).float().log_softmax(-1)
 
     found = 0
@@ -75,7 +70,7 @@ def probe(
         found += right == len(answer)
 
     size = sum(getattr(layer, "nbytes", 0) or layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
-    result = {"ttft": ttft, "decode": statistics.median(times[2:]), "bytes": size, "logp": logp}
+    result = {"ttft": ttft, "bytes": size, "logp": logp, "cache": kept}
     result["keys"] = [layer.keys.sum(2).flatten(0, 1).tolist() for layer in kept.layers]
     if facts:
         result["score"] = found / len(facts)
@@ -83,6 +78,23 @@ def probe(
         result["kl"] = float((reference.exp() * (reference - logp)).sum(-1).mean())
         result["top1"] = float((reference.argmax(-1) == logp.argmax(-1)).float().mean())
     return result
+
+
+def forward(model: Any, positions: bool, cache: Any, tokens: list[int], at: int) -> Tensor:
+    """Logits of the last of these tokens, which stand at ``at`` and after."""
+    where = {"position_ids": torch.arange(at, at + len(tokens))[None]} if positions else {}
+    return model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1, **where).logits
+
+
+@torch.no_grad()
+def pace(model: Any, cache: Any, text: list[int], seen: int, positions: bool = False) -> float:
+    """Seconds that a token takes to decode after a prompt of ``seen`` tokens, the first two not counted: median."""
+    cache, times = deepcopy(cache), []
+    for i, token in enumerate(text):
+        start = perf_counter()
+        forward(model, positions, cache, [token], seen + i)
+        times.append(perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def serve() -> None:
@@ -96,12 +108,18 @@ def serve() -> None:
     torch.set_num_threads(hello["threads"])
     model = AutoModelForCausalLM.from_pretrained(hello["model"], dtype=torch.float32).eval()
     print(json.dumps({"transformers": transformers.__version__}), file=sys.__stdout__, flush=True)
+    cache = None
     for line in sys.stdin:
         job = json.loads(line)
+        if "pace" in job:  # once more with the cache of the last job
+            seconds = pace(model, cache, job["pace"], job["seen"], positions=True)
+            print(json.dumps({"decode": seconds}), file=sys.__stdout__, flush=True)
+            continue
         press = eval(job["press"], vars(kvpress))
         model.set_attn_implementation("eager" if isinstance(press, kvpress.ObservedAttentionPress) else "sdpa")
         reference, compress = torch.load(job["reference"]), partial(press, model)
         result = probe(model, job["ids"], job["text"], [], reference, compress, positions=True)
+        cache = result.pop("cache")
         del result["logp"]
         print(json.dumps(result), file=sys.__stdout__, flush=True)
 

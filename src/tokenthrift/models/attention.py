@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -163,7 +164,7 @@ def _attention_over(base: str) -> Callable[..., Any]:
         watcher, replaced = _watchers.get(module), _replaced.get(module)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mask = attention_mask if watcher is None else watcher.before(query, key, attention_mask)
-        exotic = ", ".join(name for name in EXOTIC if kwargs.get(name) is not None)
+        exotic = ", ".join([name for name in EXOTIC if kwargs.get(name) is not None])
         if exotic:
             _exotic.add(module)
         answer = None if watcher is None or replaced is not None else watcher.answer(query, scaling)
@@ -183,6 +184,14 @@ def _attention_over(base: str) -> Callable[..., Any]:
         return out
 
     return attention
+
+
+def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache that a module is called with, if any: its name and place differ between models."""
+    cache = kwargs.get("past_key_values")  # what nearly all of them call it
+    if isinstance(cache, Cache):
+        return cache
+    return next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
 
 
 def real_tokens(mask: Tensor) -> Tensor:

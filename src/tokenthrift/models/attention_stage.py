@@ -21,7 +21,7 @@ from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.view import Lazy, View
 from ..ops.gathered import gathered_attention
-from .attention import Run, real_tokens, replace_attention
+from .attention import Run, cache_among, real_tokens, replace_attention
 from .growing import GrowingLayer
 from .kv import ReducedLayer
 from .layer_kinds import check_kinds
@@ -107,7 +107,7 @@ class Selecting:
 
     def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: which cache it reads, which then gets a layer with room."""
-        self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+        self.cache = cache_among(args, kwargs)
         layer = self._layer(self.cache)
         if self.cache is None:
             return

@@ -26,7 +26,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.attention import attention_received, attention_rows, group_mean
 from ..ops.rotary import Rotary
-from .attention import Watcher, is_exotic, is_replaced, real_tokens, watch_attention
+from .attention import Watcher, cache_among, is_exotic, is_replaced, real_tokens, watch_attention
 from .growing import GrowingLayer
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .layer_kinds import check_kinds
@@ -91,20 +91,25 @@ class CacheWatcher(Watcher):
         self.lookback = int(getattr(method, "lookback", 0)) if self.every else 0
         # A method that asks another one for scores reads what that one does.
         self.needs = {*method.info.needs, *getattr(method, "reads", ())}
+        self.rotates = "rotary" in self.needs
         self.counts = self.every > 0 and "received" in self.needs
         self.cache: Cache | None = None
         self.rotary: Callable[[], Rotary] | None = None
         self.prompt = False
 
     def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: its rotation, which cache it fills, and whether that was empty."""
+        """Forward pre-hook of the attention module: its rotation, which cache it fills, and whether that was empty.
+
+        It runs once a layer and token: what it does slowly is felt.
+        """
         if self.lookahead is not None and self.lookahead.drafting:
             self.cache = None
             return
-        self.rotary = partial(rotary_of, module, kwargs.get("position_embeddings"))
-        self.cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
-        self.prompt = self.cache is not None and int(self.cache.get_seq_length(self.layer)) == 0
+        if self.rotates:
+            self.rotary = partial(rotary_of, module, kwargs.get("position_embeddings"))
+        self.cache = cache_among(args, kwargs)
         stored = self._stored()
+        self.prompt = self.cache is not None and (stored is None or int(stored.get_seq_length()) == 0)
         if isinstance(stored, RaggedLayer) and not self.counts:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             stored.apart = hidden.shape[1] == 1 and not is_exotic(module) and not is_replaced(module) and stored.few
@@ -128,11 +133,13 @@ class CacheWatcher(Watcher):
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         stored, cache, rotary = self._stored(), self.cache, self.rotary
         self.cache = self.rotary = None  # hold no reference between calls
-        ahead = 0 if self.lookahead is None or cache is None else self.lookahead.tokens
-        if ahead and self.lookahead is not None and getattr(stored, "is_sliding", False):
-            self.lookahead.mend(stored, key, value)
         first = self.prompt and (query.shape[-2] > 1 or self.every > 0)
-        if cache is None or not (first or self.every) or getattr(stored, "is_sliding", False):
+        if cache is None or not (first or self.every):
+            return
+        ahead = 0 if self.lookahead is None else self.lookahead.tokens
+        if getattr(stored, "is_sliding", False):
+            if ahead and self.lookahead is not None:
+                self.lookahead.mend(stored, key, value)
             return
         # A cache that an earlier session filled has layers of that session's kind, also when it was reset since.
         if type(stored) not in (DynamicLayer, GrowingLayer, ReducedLayer, RaggedLayer):
@@ -149,7 +156,7 @@ class CacheWatcher(Watcher):
             layer = cache.layers[self.layer] = reduced_layer(key, value, map, view.mask, proportional=proportional)
             if self.lookback:
                 layer.queries = view.queries[:, :, -self.lookback :].clone()
-                layer.rotary = view.rotary.last(self.lookback) if "rotary" in self.needs else None
+                layer.rotary = view.rotary.last(self.lookback) if self.rotates else None
             layer.received = layer.map.sizes(view.received) if self.counts else None
             layer.room = self.every or None  # it is reduced before more than these come
             self.session.record(
@@ -180,7 +187,7 @@ class CacheWatcher(Watcher):
         if self.lookback:
             known = query if layer.queries is None else torch.cat([layer.queries, query], dim=2)
             layer.queries = known[:, :, -self.lookback :].clone()
-            if "rotary" in self.needs and rotary is not None:
+            if self.rotates and rotary is not None:
                 turned = rotary()
                 layer.rotary = (turned if layer.rotary is None else layer.rotary.then(turned)).last(self.lookback)
         if self.counts:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import Cache
-
 from ..core.session import Session
+from .attention import cache_among
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -22,7 +21,7 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note, per layer, the entries in the cache and those that a full cache would hold."""
         nonlocal held
-        cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+        cache = cache_among(args, kwargs)
         held = [_entries(layer) for layer in cache.layers] if cache is not None else nothing
         if len(held) != costs.layers:  # a cache whose layers are made at their first use
             held = nothing

@@ -67,7 +67,7 @@ class ReducedLayer(GrowingLayer):
         self.dtype, self.device = keys.dtype, keys.device
         self.seen = keys.shape[-2]
         self.map = _padding_first(map)
-        self.came = mask.sum(-1)
+        self._came, self._since = mask.sum(-1), 0
         self.proportional = proportional
         self.received: Tensor | None = None
         self.queries: Tensor | None = None
@@ -134,7 +134,15 @@ class ReducedLayer(GrowingLayer):
         if self.bias is not None:
             self.bias = pad(self.bias, (0, new))
         self.seen += new
-        self.came = self.came + new
+        self._since += new
+
+    @property
+    def came(self) -> Tensor:
+        return self._came + self._since
+
+    @came.setter
+    def came(self, came: Tensor) -> None:
+        self._came, self._since = came, 0
 
     def hide(self, new: Tensor) -> None:
         """Of the tokens that came last, some are padding: ``new`` ``(batch, tokens)`` bool is false for these."""

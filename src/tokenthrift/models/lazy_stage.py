@@ -24,7 +24,7 @@ from ..core.session import Session
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import attention_rows
-from .attention import Watcher, watch_attention
+from .attention import Watcher, cache_among, watch_attention
 from .depth import Depth
 from .layer_kinds import check_windows
 
@@ -108,6 +108,12 @@ class LazyLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.prompt is None else self.lazy.real.shape[1] + int(self.keys.shape[2])  # type: ignore[union-attr]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the keys, the values and, once a cache, the hidden states that wait."""
+        held = [t for t in (self.keys, self.values, *(self.prompt or ())) if t is not None]
+        return sum(t.nbytes for t in held + (self.lazy.waiting if self.first else []))
+
     def reset(self) -> None:
         raise ThriftError(
             "a cache in which tokens of a prompt wait cannot be reset: begin the next prompt with a new one"
@@ -157,7 +163,7 @@ def install_lazy(adapter: DecoderAdapter, method: Any, session: Session, undo: E
 def _layer_forward(run: Floors, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+        cache = cache_among(args, kwargs)
         if cache is None or not cache.layers or not isinstance(cache.layers[0], LazyLayer):
             return plain(hidden_states, *args, **kwargs)
         return run.layer(index, cache.layers[index], plain, hidden_states, kwargs)  # type: ignore[arg-type]
