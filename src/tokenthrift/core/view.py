@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import ThriftError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class Segment:
 
     def numbers(self, device: torch.device | str = "cpu") -> Tensor:
         """``(t·h·w,)`` int64: the numbers of its tokens, in raster order."""
+        import torch  # a plan that is only read needs none
+
         if self.index is not None:
             return self.index.to(device)
         return torch.arange(self.start, self.start + self.size, device=device)
