@@ -104,6 +104,7 @@ class MultimodalAdapter:
         self.language: Any = part(self.inner, self.family.language)
         self.decoder = LanguageAdapter(model, self.language)
         self._connector: Any = None
+        self._attached = False
 
     @classmethod
     def fits(cls, model: Any) -> bool:
@@ -141,14 +142,14 @@ class MultimodalAdapter:
         if stage == "vision":
             self._install_vision(methods[0], session, undo)
             return
-        if stage in ("connector", "prefill"):
-            undo.callback(setattr, self, "_connector", self._connector)
+        if stage == "connector" or (stage == "prefill" and not self._attached):
+            undo.callback(setattr, self, "_attached", False)
+            self._attached = True
+            method = methods[0] if stage == "connector" else None
+            self._connector = install_connector(self, method, session, undo)
         if stage == "connector":
             self.decoder.count(session, undo)
-            self._connector = install_connector(self, methods[0], session, undo)
             return
-        if stage == "prefill" and self._connector is None:
-            self._connector = install_connector(self, None, session, undo)
         if stage == "prefill":
             # What the language model gets is decided before its prompt is looked at.
             with self._connector.lifted(undo):
