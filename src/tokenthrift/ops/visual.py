@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.budget import Budget
 from ..core.tokenmap import TokenMap
 from ..core.view import View
+from .topk import top_mask
 
 
 def to_keep(view: View, keep: int | float) -> tuple[Tensor, Tensor] | None:
@@ -60,3 +61,17 @@ def neighbours(segment: Any, official: bool = False, device: torch.device | str 
     x, y = place % segment.w, place // segment.w % segment.h
     there = torch.stack([x > 0, x < segment.w - 1, y > 0, y < segment.h - 1], dim=1)
     return torch.where(there, around, place.unsqueeze(1))
+
+
+def keep_looked_at(view: View, keep: int | float) -> TokenMap:
+    """Of what is left of a prompt: its text, and the visual tokens that its last token attends to most.
+
+    Args:
+        view: of the prefill stage, with ``attention``, ``visual``, ``visual_lengths`` and ``mask``.
+        keep: visual tokens to keep: a share of those that the prompt had, or a count.
+    """
+    counts = Budget.of(keep).tokens_of(view.visual_lengths)
+    if bool((counts >= view.visual.sum(1)).all()):
+        return keep_all(view)
+    score = view.attention(1)[:, :, -1].mean(1)
+    return TokenMap.keep((view.mask & ~view.visual) | top_mask(score, counts, view.visual))
