@@ -25,6 +25,11 @@ class Segment:
     col: int = 0
     index: torch.Tensor | None = None
 
+    def numbers(self, device="cpu"):
+        if self.index is not None:
+            return self.index.flatten().to(device)
+        return torch.arange(self.start, self.start + self.t * self.h * self.w, device=device)
+
 
 def one_grid(h, w):
     return h * w, (Segment(0, 1, h, w),), []

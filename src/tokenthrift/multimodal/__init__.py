@@ -1,1 +1,1 @@
-"""Methods on the visual tokens of a model that also reads text: before the language model, and inside it."""
+"""Connector stage: which visual tokens the language model gets, and what they are merged into."""

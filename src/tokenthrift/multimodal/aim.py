@@ -10,8 +10,8 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.matching import bipartite_soft_matching
-from ..ops.visual import keep_all, to_keep, tokens_of
-from .parameters import check_positions
+from ..ops.visual import keep_all, to_keep
+from .positions import check_positions
 
 
 @method(
@@ -54,7 +54,7 @@ class AIM:
             return keep_all(view)
         free, counts = wanted
         stays = view.protected & view.mask
-        segments = [tokens_of(s, free.device) for s in view.segments]
+        segments = [s.numbers(free.device) for s in view.segments]
         maps = []
         for row, count in enumerate(counts.tolist()):
             parts = [part[free[row, part]] for part in segments]

@@ -10,8 +10,9 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import top_mask
-from ..ops.visual import keep_all, keep_chosen, neighbours, to_keep, tokens_of
-from .parameters import check_positions, check_share, encoder_layer
+from ..ops.visual import keep_all, keep_chosen, neighbours, to_keep
+from .parameters import check_share, encoder_layer
+from .positions import check_positions
 
 
 @method(
@@ -79,7 +80,7 @@ class HiPrune:
         """``(batch, tokens)`` bool: anchors and buffers."""
         taken = anchors.clone()
         for segment in view.segments:
-            tokens = tokens_of(segment, anchors.device)
+            tokens = segment.numbers(anchors.device)
             beside = neighbours(segment, self.official, anchors.device)
             taken[:, tokens] |= taken.new_zeros(len(taken), len(tokens)).scatter_reduce(
                 1, beside.flatten().expand(len(taken), -1), anchors[:, tokens].repeat_interleave(4, dim=1), "amax"

@@ -12,8 +12,9 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import top_mask
-from ..ops.visual import keep_all, keep_chosen, to_keep, tokens_of
-from .parameters import check_positions, check_share, encoder_layer
+from ..ops.visual import keep_all, keep_chosen, to_keep
+from .parameters import check_share, encoder_layer
+from .positions import check_positions
 
 
 @method(
@@ -76,7 +77,7 @@ class HiRED:
         if len(wholes) != 1 or not crops:
             return keep_chosen(view, top_mask(score, counts, free))
         chosen = torch.zeros_like(free)
-        parts = [tokens_of(s, free.device) for s in (wholes[0], *crops)]
+        parts = [s.numbers(free.device) for s in (wholes[0], *crops)]
         budgets = self._budgets(view, wholes[0], crops, parts, free, counts)
         for part, budget in zip(parts, budgets.unbind(1), strict=True):
             chosen[:, part] = top_mask(score[:, part], budget, free[:, part])

@@ -1,17 +1,8 @@
-"""Parameters that methods on visual tokens share."""
+"""Parameters that methods on visual tokens share, checked."""
 
 from __future__ import annotations
 
-from ..core.errors import ThriftError, did_you_mean
-
-POSITIONS = ("gapless", "original")
-"""Positions of what is left, in the language model: consecutive, or with gaps where tokens went."""
-
-
-def check_positions(method: str, positions: str) -> None:
-    """Refuse positions that there are not."""
-    if positions not in POSITIONS:
-        raise ThriftError(f"{method} has no positions='{positions}': {did_you_mean(positions, POSITIONS)}")
+from ..core.errors import ThriftError
 
 
 def check_share(method: str, name: str, share: float) -> None:

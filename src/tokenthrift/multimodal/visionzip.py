@@ -13,7 +13,8 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import top_mask
 from ..ops.visual import keep_all, to_keep
-from .parameters import check_positions, encoder_layer
+from .parameters import encoder_layer
+from .positions import check_positions
 
 
 @method(
@@ -29,12 +30,12 @@ class VisionZip:
 
     Of the tokens that are left over, evenly spaced ones are targets. Each other one joins the target with the most
     similar key (mean over heads). A contextual token is target and others in equal parts, the others as their mean; it
-    stands at its target. Contextual tokens come last, after the kept ones in their order, as in the authors' code.
+    stands where its target stood.
 
     Partial: the choice of tokens, targets and groups is the authors'. They add a target and the mean of its others
-    before the projector, where here the projected tokens are averaged, and so keep the length of a token; and they pass
-    the CLS token on too, which is no token of the image here. They reduce every crop by itself, here the tokens of an
-    image are one set.
+    before the projector, where here the projected tokens are averaged, and so keep the length of a token; they put the
+    merged tokens last; and they pass the CLS token on too, which is no token of the image here. They reduce every crop
+    by itself, here the tokens of an image are one set.
 
     Args:
         keep: tokens that are left of each image, merged ones included: a share in (0, 1], or a count.
@@ -98,4 +99,6 @@ def _zip(keys: Tensor, kept: Tensor, rest: Tensor, count: int) -> TokenMap:
         # Half of a merged token is its target, half the mean of the others.
         mass[target] = torch.bincount(joined, minlength=count).clamp(min=1).to(mass.dtype)
         anchor = torch.cat([stay, target])
+    anchor, order = anchor.sort()
+    group = torch.where(group < 0, -1, order.argsort()[group])
     return TokenMap.merge(group[None], len(anchor), weight=mass[None], anchor=anchor[None])

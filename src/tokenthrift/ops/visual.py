@@ -1,7 +1,6 @@
 """Visual tokens between the encoder and the language model: how many stay, and where they are in the image.
 
-A layout's segments (the whole image, its crops, the frames of a video) have ``t``, ``h`` and ``w``, and either a
-``start``, from which on their tokens stand in raster order, or an ``index`` that names these one by one.
+A layout's segments are the whole image, its crops, or the frames of a video: grids of ``t`` times ``h`` times ``w``.
 """
 
 from __future__ import annotations
@@ -37,14 +36,6 @@ def keep_all(view: View) -> TokenMap:
 def keep_chosen(view: View, chosen: Tensor) -> TokenMap:
     """Keep ``chosen`` ``(batch, tokens)`` bool and what must stay, in their order."""
     return TokenMap.keep(chosen | (view.protected & view.mask))
-
-
-def tokens_of(segment: Any, device: torch.device | str = "cpu") -> Tensor:
-    """The tokens of a segment in raster order, ``(t * h * w,)`` int64."""
-    if segment.index is not None:
-        index: Tensor = segment.index.flatten().to(device)
-        return index
-    return torch.arange(segment.start, segment.start + segment.t * segment.h * segment.w, device=device)
 
 
 def neighbours(segment: Any, official: bool = False, device: torch.device | str = "cpu") -> Tensor:
