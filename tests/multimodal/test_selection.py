@@ -283,6 +283,9 @@ def test_aim_merges_within_frames_and_all_mass_stays():
     seen = view(LAYOUTS["frames"])
     map = make("aim", keep=0.25).reduce(seen)
     assert map.sizes().sum(1).tolist() == [48, 48]
+    joined = rows_of(seen, slice(None))
+    joined.offer("segments", (Segment(0, 4, 3, 4, "frame"),))
+    assert make("aim", keep=0.25).reduce(joined).dense().equal(map.dense())
     for sources in map.provenance():
         assert len({token // 12 for token, _ in sources[0]}) == 1
     assert (map.anchors // 12).tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3] * 2

@@ -62,7 +62,12 @@ def frames(t=4, h=3, w=4):
     return t * h * w, tuple(Segment(i * h * w, 1, h, w, "frame") for i in range(t)), []
 
 
-LAYOUTS = {"one grid": one_grid(6, 7), "crops": crops(), "mosaic": mosaic(), "frames": frames()}
+def video(t=4, h=3, w=4):
+    """Frames in one segment, a newline after the last one."""
+    return t * h * w + 1, (Segment(0, t, h, w, "frame"),), [t * h * w]
+
+
+LAYOUTS = {"one grid": one_grid(6, 7), "crops": crops(), "mosaic": mosaic(), "frames": frames(), "video": video()}
 
 
 def view(layout=LAYOUTS["one grid"], batch=2, seed=0, dim=10, padding=0, layers=LAYERS):

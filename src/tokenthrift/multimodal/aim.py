@@ -54,10 +54,12 @@ class AIM:
             return keep_all(view)
         free, counts = wanted
         stays = view.protected & view.mask
-        segments = [s.numbers(free.device) for s in view.segments]
+        frames = [frame for s in view.segments for frame in s.numbers(free.device).view(s.t, -1)]
+        others = torch.ones_like(free[0]).index_fill(0, torch.cat(frames), False)
         maps = []
         for row, count in enumerate(counts.tolist()):
-            parts = [part[free[row, part]] for part in segments]
+            parts = [frame[free[row, frame]] for frame in (*frames, others.nonzero()[:, 0])]
+            parts = [part for part in parts if len(part)]
             if count < len(parts):  # not one token for each of them: they merge after all
                 parts = [torch.cat(parts)]
             sizes = [len(part) for part in parts]
