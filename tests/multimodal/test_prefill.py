@@ -239,6 +239,22 @@ def test_only_the_rows_of_attention_that_are_asked_for_are_computed(sees, monkey
     assert rows == [(1, 40), (1, 30), (1, 25)]
 
 
+def test_between_layers_all_tokens_are_there(sees):
+    """Some models add features of the encoder to the visual tokens after their first layers."""
+    model, seen = made(), []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].shape[1]))
+        for layer in model.model.layers
+    ]
+    with tt.apply(PYRAMID, model), torch.no_grad():
+        hidden = model(**prompt(), output_hidden_states=True).hidden_states
+    assert seen == [40] * 8 and [h.shape[1] for h in hidden] == [40] * 9
+    left = visual_tokens() & (hidden[3] != hidden[2]).any(-1)  # what layer 2 computed
+    assert left.sum(1).tolist() == [10, 10]
+    for hook in hooks:
+        hook.remove()
+
+
 def test_beams_and_a_second_turn_work(sees):
     model, inputs = made(), prompt()
     with tt.apply(FASTV, model), torch.no_grad():

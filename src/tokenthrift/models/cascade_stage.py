@@ -124,7 +124,6 @@ class Cascade:
         importance: ``(batch, n)``, attention received so far.
         magnitude: ``(batch, heads)``, absolute outputs so far.
         kept_heads: ``(batch, some)`` int64; None while all are there.
-        stopped: ``(batch, n, dim)``, the last hidden state of every token that was dropped.
         visual: ``(batch, n)`` bool, the visual tokens of the prompt; None where no method asks for them.
         asked: queries, keys and scaling of a layer after which tokens go, for a method that looks at its attention.
     """
@@ -145,7 +144,6 @@ class Cascade:
         self.importance: Tensor | None = None
         self.magnitude: Tensor | None = None
         self.kept_heads: Tensor | None = None
-        self.stopped: Tensor | None = None
         self.visual: Tensor | None = None
         self.asked: tuple[Tensor, Tensor, float] | None = None
         self.given: dict[str, Any] = {}
@@ -168,21 +166,23 @@ class Cascade:
         assert self.real is not None
         return self.real if self.columns is None else self.columns >= 0
 
-    def layer(self, index: int, plain: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def layer(self, index: int, plain: Callable[..., Any], whole: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Run a layer on what is left of the ``whole`` prompt. What was dropped stays what it was: models may add
+        something to all tokens between two layers, and logits of all positions may be asked for."""
         assert self.real is not None
-        if self.given:
+        columns = self.columns
+        if columns is None:
+            hidden = whole = plain(whole, *args, **kwargs)
+        else:
             kwargs = {**kwargs, **self.given}
-        hidden = plain(hidden, *args, **kwargs)
+            hidden = plain(_columns_of(whole, columns.clamp(min=0)), *args, **kwargs)
+            whole = _put(whole, columns, hidden)
         self._count(hidden.shape[1], self._store(index))
         if index in self.head_ends:
             self._drop_heads(index)
         if index in self.token_ends:
-            hidden = self._drop_tokens(index, hidden, kwargs)
-        if index == self.depth - 1 and self.columns is not None:
-            assert self.stopped is not None
-            _put(self.stopped, self.columns, hidden)
-            hidden = self.stopped
-        return hidden
+            self._drop_tokens(index, hidden, kwargs)
+        return whole
 
     def _store(self, index: int) -> int:
         """Let the cache know what the layer's entries are; returns their bytes."""
@@ -212,7 +212,7 @@ class Cascade:
             bytes_after=size,
         )
 
-    def _drop_tokens(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _drop_tokens(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         start, real = perf_counter(), self.real
         assert real is not None
         there, n = self.there, real.shape[1]
@@ -227,16 +227,10 @@ class Cascade:
             order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, there.shape[1] - width :]
             there = kept.gather(1, order)
             map = TokenMap.select(torch.where(there, order, -1), map.n_in)
-            if self.stopped is None:
-                self.stopped = hidden.clone()
-            else:
-                _put(self.stopped, columns, hidden)
             self.columns = torch.where(there, columns.gather(1, order), -1)
-            hidden = hidden.gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
             self._give(order, kwargs, hidden)
         self.session.add_map("prefill", map)
         self.session.records["prefill"].seconds += perf_counter() - start
-        return hidden
 
     def _view(self, index: int, columns: Tensor) -> View:
         """What the method may look at after a layer, of the tokens that are left."""
@@ -356,10 +350,10 @@ class CascadeWatcher(CacheWatcher):
         self.run.listen(self.layer, query, key, scaling)
 
 
-def _put(x: Tensor, columns: Tensor, new: Tensor) -> None:
-    """Write ``(batch, columns, dim)`` where they belong in ``(batch, n, dim)``, in place."""
+def _put(x: Tensor, columns: Tensor, new: Tensor) -> Tensor:
+    """A copy of ``(batch, n, dim)`` with the ``(batch, columns, dim)`` of some of its tokens."""
     row, slot = (columns >= 0).nonzero(as_tuple=True)
-    x[row, columns[row, slot]] = new[row, slot]
+    return x.index_put((row, columns[row, slot]), new[row, slot])
 
 
 def _columns_of(x: Tensor, order: Tensor) -> Tensor:
