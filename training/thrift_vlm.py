@@ -22,14 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from scene_data import ITEMS, collections
 from torch import Tensor, nn
+from vlm_card import card
 from vlm_parts import LAYER, encoder, new_model, new_tokenizer
 
 from tokenthrift.bench.scene_questions import Question, ask
 from tokenthrift.bench.scenes import COLOURS, NAMES, Collection, Scene, draw, lay_out
-from tokenthrift.bench.seeing import prompt
+from tokenthrift.bench.seeing import blind, evaluate, prompt, questions
 from tokenthrift.models.images import preprocess
+from tokenthrift.models.packs import find, load
+from tokenthrift.models.packs.cache import shipped
+from tokenthrift.models.packs.composed import NAME, WEIGHTS
 
 GRID, PATCH, WIDTH = 16, 14, 384
 PARTS = {"train": 0, "check": 1}
@@ -138,7 +143,8 @@ def patch_labels(found: Scene) -> Tensor:
     colour = torch.full((GRID, GRID), -100)
     for item in found.items:
         whole = [
-            slice(max(start // PATCH, 0), min(-(-(start + item.side) // PATCH), GRID)) for start in (item.top, item.left)
+            slice(max(start // PATCH, 0), min(-(-(start + item.side) // PATCH), GRID))
+            for start in (item.top, item.left)
         ]
         name[whole[0], whole[1]] = -100
         inner = [
@@ -176,7 +182,9 @@ def align(model: Any, features: np.memmap, scenes: list[Scene], steps: int, log:
         sum(losses).backward()  # type: ignore[union-attr]
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            shown = dict(zip(("name", "colour", "row", "column"), (round(loss.item(), 3) for loss in losses), strict=True))
+            shown = dict(
+                zip(("name", "colour", "row", "column"), (round(loss.item(), 3) for loss in losses), strict=True)
+            )
             log({"align": step, **shown})
 
 
@@ -218,8 +226,8 @@ def accuracy(model: Any, packed: Packed, features: np.memmap, scenes: list[Scene
         logits, labels, which = forward(model, x, packed(asked))
         # With the right words so far, every word is the likeliest: exactly then greedy decoding writes the answer.
         wrong = set(which[logits.argmax(-1) != labels].tolist())
-        for row, questions in enumerate(asked):
-            for number, question in enumerate(questions):
+        for row, some in enumerate(asked):
+            for number, question in enumerate(some):
                 hits.setdefault(question.kind, []).append(row * 1000 + number not in wrong)
     model.train()
     every = [hit for kind in hits.values() for hit in kind]
@@ -287,6 +295,8 @@ def train(args: argparse.Namespace, deadline: float) -> None:
             seconds, began = seconds + time.monotonic() - began, time.monotonic()
             save()
             saved = time.monotonic()
+            features = stored(args.work, "train")  # `encode` may still be running
+            scenes += [scene("train", n, fit) for n in range(len(scenes), len(features))]
     seconds += time.monotonic() - began
     save()
     log({"step": step, "of": args.steps, "finished": step >= args.steps})
@@ -308,9 +318,49 @@ def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def export(args: argparse.Namespace) -> None:
+    """Projector, decoder and tokenizer into the package, then the held-out questions, and the model card."""
+    state = torch.load(args.work / "checkpoint.pt", weights_only=True)
+    weights = state["model"]
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer)
+    projector = model.model.multi_modal_projector
+    first = "model.multi_modal_projector.linear_1."
+    standard = Standardised(projector.linear_1, weights.pop(first + "mean"), weights.pop(first + "scale"))
+    standard.linear.load_state_dict({name: weights.pop(f"{first}linear.{name}") for name in ("weight", "bias")})
+    folded = standard.folded().state_dict()
+    weights |= {first + name: tensor for name, tensor in folded.items()}
+    out = shipped(find(NAME))
+    out.mkdir(parents=True, exist_ok=True)
+    half = {name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}
+    save_file(half, out / WEIGHTS, metadata={"format": "pt"})
+    config = model.config.to_diff_dict()
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    config["vision_feature_layer"] = LAYER
+    config["vision_feature_select_strategy"] = "default"
+    config["vision_config"].pop("_name_or_path", None)  # a folder of this machine
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(out)
+    loaded, processor = load(NAME)
+    asked = questions(seed=0, count=args.questions)
+    answers = evaluate(loaded, processor, asked)
+    large = questions(seed=0, count=args.large, size=518)
+    figures = {
+        "steps": state["step"],
+        "images": state["images"],
+        "hours": round(state["seconds"] / 3600, 2),
+        "held_out": answers.to_dict(),
+        "blind": blind(asked),
+        "at_518": evaluate(loaded, processor, large).to_dict() if large else None,
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(card(figures, loaded), encoding="utf-8")
+    print(json.dumps(figures))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("encode", "train"))
+    parser.add_argument("command", choices=("encode", "train", "export"))
     parser.add_argument("--work", type=Path, required=True, help="folder for features, checkpoint and log")
     parser.add_argument("--items", type=Path, default=ITEMS, help="folder with Fashion-MNIST's files")
     parser.add_argument("--hours", type=float, default=3.0, help="stop after so long; the same command goes on")
@@ -326,14 +376,18 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--check", type=int, default=250, help="steps between two measurements of accuracy")
+    parser.add_argument("--questions", type=int, default=1200, help="held-out questions at 224 pixels")
+    parser.add_argument("--large", type=int, default=120, help="held-out questions at 518 pixels")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 3600 * args.hours
     if args.command == "encode":
         encode(args.work, args.items, {"check": args.checked, "train": args.images}, deadline)
-    else:
+    elif args.command == "train":
         train(args, deadline)
+    else:
+        export(args)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ def _item(rng: random.Random, name: str, place: int, collection: Collection) -> 
         min(max(round(SIZE * (index + 0.5) / 3 - side / 2) + rng.randint(-_SHIFT, _SHIFT), 0), SIZE - side)
         for index in (column, row)
     )
-    return Item(name, left, top, side, rng.randrange(collection.counts[name]), rng.randrange(len(COLOURS)), rng.random() < 0.5)
+    return Item(
+        name, left, top, side, rng.randrange(collection.counts[name]), rng.randrange(len(COLOURS)), rng.random() < 0.5
+    )
 
 
 def _overlap(a: Item, b: Item) -> bool:
@@ -142,9 +144,7 @@ def draw(scene: Scene, collection: Collection, size: int = SIZE) -> Any:
     side = int(scene.crop[2] * min(height, width))
     left, top = int(scene.crop[0] * width), int(scene.crop[1] * height)
     left, top = min(left, width - side), min(top, height - side)
-    square = Image.fromarray(photo[top : top + side, left : left + side]).resize(
-        (size, size), Image.Resampling.BICUBIC
-    )
+    square = Image.fromarray(photo[top : top + side, left : left + side]).resize((size, size), Image.Resampling.BICUBIC)
     canvas = np.asarray(square, dtype=np.float32) * np.asarray(scene.light, dtype=np.float32)
     if scene.mirror:
         canvas = canvas[:, ::-1].copy()

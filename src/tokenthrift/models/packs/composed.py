@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenthrift.core.errors import ThriftError
+from tokenthrift.models.packs.cache import shipped
+from tokenthrift.models.packs.spec import find
 
 if TYPE_CHECKING:
     import torch
 
+NAME = "thrift-vlm"
 WEIGHTS = "model.safetensors"
 TOWER = "model.vision_tower."
-
-
-def data_folder() -> Path:
-    """Where the shipped parts are."""
-    return Path(str(files("tokenthrift").joinpath("data/thrift_vlm")))
 
 
 def compose(encoder: Path, dtype: torch.dtype, attention: str | None, parts: Path | None = None) -> Any:
@@ -36,7 +33,7 @@ def compose(encoder: Path, dtype: torch.dtype, attention: str | None, parts: Pat
     from safetensors.torch import load_file
 
     transformers: Any = untyped
-    parts = parts or data_folder()
+    parts = parts or shipped(find(NAME))
     if not (parts / WEIGHTS).is_file():
         raise ThriftError(f"{parts / WEIGHTS} is missing: install tokenthrift again, or train it (training/README.md)")
     config = transformers.AutoConfig.from_pretrained(str(parts), local_files_only=True)
@@ -59,5 +56,5 @@ def processor(parts: Path | None = None) -> Any:
     from tokenthrift.models.visual_processor import VisualProcessor
 
     transformers: Any = untyped
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(parts or data_folder()), local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(parts or shipped(find(NAME))), local_files_only=True)
     return VisualProcessor(tokenizer)
