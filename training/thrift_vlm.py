@@ -1,0 +1,394 @@
+"""Trains the model pack `thrift-vlm`: python training/thrift_vlm.py encode | train | export --work FOLDER
+
+`encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
+`train` first teaches the projector to tell what a patch shows and where it is (temporary heads, minutes), then trains
+projector and decoder on answers. All questions about one image are one sequence: each sees the image and itself and
+no other question, and all begin at the same position, so the image is computed once for about 28 of them.
+`export` writes the weights into the package, answers the held-out questions and writes the model card.
+
+Every command goes on where it was interrupted, and ends by itself after --hours. It lives outside the package, since
+who uses the model needs none of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scene_data import ITEMS, collections
+from torch import Tensor, nn
+from vlm_card import card
+from vlm_parts import LAYER, encoder, new_model, new_tokenizer
+
+from tokenthrift.bench.scene_questions import Question, ask
+from tokenthrift.bench.scenes import COLOURS, NAMES, Collection, Scene, draw, lay_out
+from tokenthrift.bench.seeing import blind, evaluate, prompt, questions
+from tokenthrift.models.images import preprocess
+from tokenthrift.models.packs import find, load
+from tokenthrift.models.packs.cache import shipped
+from tokenthrift.models.packs.composed import NAME, WEIGHTS
+
+GRID, PATCH, WIDTH = 16, 14, 384
+PARTS = {"train": 0, "check": 1}
+
+
+def scene(part: str, number: int, collection: Collection) -> Scene:
+    """Scene number so and so; always the same."""
+    return lay_out(random.Random(f"{part} {number}"), collection)
+
+
+def encode(work: Path, items: Path, counts: dict[str, int], deadline: float) -> bool:
+    """Features of all scenes, (n, 256, 384) float16 a part; True when all are done."""
+    tower = encoder()
+    for part, count in counts.items():
+        collection = collections(items)[PARTS[part]]
+        path, done_path = work / f"{part}.f16", work / f"{part}.done"
+        done = int(done_path.read_text()) if done_path.exists() else 0
+        store = np.memmap(path, np.float16, "r+" if path.exists() else "w+", shape=(count, GRID * GRID, WIDTH))
+        while done < count:
+            if time.monotonic() > deadline:
+                return False
+            numbers = range(done, min(done + 16, count))
+            images = [draw(scene(part, n, collection), collection) for n in numbers]
+            with torch.no_grad():
+                states = tower(preprocess(images), output_hidden_states=True).hidden_states[LAYER]
+            store[done : done + len(numbers)] = states[:, 1:].to(torch.float16).numpy()
+            done += len(numbers)
+            done_path.write_text(str(done))
+            if done % 320 == 0:
+                print(json.dumps({"part": part, "encoded": done, "of": count}), flush=True)
+        store.flush()
+    return True
+
+
+def stored(work: Path, part: str) -> np.memmap:
+    """The features that are there so far; training may begin with a part of them."""
+    done = int((work / f"{part}.done").read_text())
+    size = (work / f"{part}.f16").stat().st_size // (2 * GRID * GRID * WIDTH)
+    return np.memmap(work / f"{part}.f16", np.float16, "r", shape=(size, GRID * GRID, WIDTH))[:done]
+
+
+class Packed:
+    """Sequences of one image and many questions, as a batch for the decoder."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.cached = tokenizer, {}
+        self.pad = tokenizer.pad_token_id
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self.cached:
+            self.cached[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.cached[text]
+
+    def __call__(self, questions: list[list[Question]]) -> dict[str, Tensor]:
+        """Text after the image: ids, positions, group numbers (−1: padding), labels (−100: not an answer)."""
+        rows = []
+        for asked in questions:
+            ids, positions, groups, labels = [], [], [], []
+            for number, question in enumerate(asked):
+                before = self.ids(prompt(question.text, image=False))
+                after = [*self.ids(question.answer), self.tokenizer.eos_token_id]
+                text = before + after[:-1]
+                ids += text
+                positions += range(1 + GRID * GRID, 1 + GRID * GRID + len(text))
+                groups += [number] * len(text)
+                labels += [-100] * (len(before) - 1) + after
+            rows.append((ids, positions, groups, labels))
+        length = max(len(row[0]) for row in rows)
+        fills = (self.pad, 0, -1, -100)
+        names = ("ids", "positions", "groups", "labels")
+        return {
+            name: torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
+            for i, (name, fill) in enumerate(zip(names, fills, strict=True))
+        }
+
+
+def forward(model: Any, features: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and labels of the answers' tokens, and which question each belongs to (row · 1000 + number)."""
+    decoder, rows = model.model.language_model, len(features)
+    seen = model.model.multi_modal_projector(features)
+    begin = torch.full((rows, 1), model.config.text_config.bos_token_id)
+    embed = decoder.get_input_embeddings()
+    inputs = torch.cat([embed(begin), seen, embed(batch["ids"])], dim=1)
+    prefix = 1 + seen.shape[1]
+    positions = torch.cat([torch.arange(prefix).expand(rows, -1), batch["positions"]], dim=1)
+    hidden = decoder(
+        inputs_embeds=inputs, position_ids=positions, attention_mask=_mask(batch["groups"], prefix), use_cache=False
+    ).last_hidden_state[:, prefix:]
+    wanted = batch["labels"] != -100
+    which = torch.arange(rows)[:, None] * 1000 + batch["groups"]
+    return model.lm_head(hidden[wanted]), batch["labels"][wanted], which[wanted]
+
+
+def _mask(groups: Tensor, prefix: int) -> Tensor:
+    """Additive (rows, 1, n, n): a question sees the image and what came before in the same question."""
+    rows, length = groups.shape
+    total = prefix + length
+    seen = torch.ones(total, total, dtype=torch.bool).tril().repeat(rows, 1, 1)
+    seen[:, prefix:, prefix:] &= groups[:, :, None] == groups[:, None, :]
+    return torch.zeros(rows, 1, total, total).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+
+
+def patch_labels(found: Scene) -> Tensor:
+    """For every patch: the item's name (0 none, −100 at its border), its colour (−100 none), row and column."""
+    name = torch.zeros(GRID, GRID, dtype=torch.long)
+    colour = torch.full((GRID, GRID), -100)
+    for item in found.items:
+        whole = [
+            slice(max(start // PATCH, 0), min(-(-(start + item.side) // PATCH), GRID))
+            for start in (item.top, item.left)
+        ]
+        name[whole[0], whole[1]] = -100
+        inner = [
+            slice(round((start + item.side * 0.25) / PATCH), max(round((start + item.side * 0.75) / PATCH), 1))
+            for start in (item.top, item.left)
+        ]
+        name[inner[0], inner[1]] = 1 + NAMES.index(item.name)
+        colour[inner[0], inner[1]] = item.colour
+    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    return torch.stack([name, colour, rows, columns]).flatten(1)
+
+
+def align(model: Any, features: np.memmap, scenes: list[Scene], steps: int, log: Any) -> None:
+    """The projector learns to tell, patch by patch, what is there and where it is. The heads are thrown away."""
+    projector = model.model.multi_modal_projector
+    heads = nn.Linear(model.config.text_config.hidden_size, 1 + len(NAMES) + len(COLOURS) + 2 * GRID)
+    sizes = [1 + len(NAMES), len(COLOURS), GRID, GRID]
+    optimizer = torch.optim.AdamW([*projector.parameters(), *heads.parameters()], 2e-3, weight_decay=0.01)
+    labels = torch.stack([patch_labels(one) for one in scenes])
+    rng = random.Random("align")
+    weight = torch.ones(sizes[0])
+    weight[0] = 0.2  # most patches show no item
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - step / steps)
+        chosen = rng.sample(range(len(features)), 8)
+        x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
+        parts = heads(projector(x)).flatten(0, 1).split(sizes, dim=-1)
+        target = labels[chosen].transpose(0, 1).flatten(1)
+        losses = [
+            nn.functional.cross_entropy(part, aim, weight=weight if i == 0 else None)
+            for i, (part, aim) in enumerate(zip(parts, target, strict=True))
+        ]
+        optimizer.zero_grad()
+        sum(losses).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        if step % 100 == 0 or step == steps - 1:
+            shown = dict(
+                zip(("name", "colour", "row", "column"), (round(loss.item(), 3) for loss in losses), strict=True)
+            )
+            log({"align": step, **shown})
+
+
+def normalised(model: Any, features: np.memmap) -> tuple[Tensor, Tensor]:
+    """Mean and scale of the features; they are folded into the projector's first layer before anything is trained."""
+    sample = torch.from_numpy(np.stack([features[i] for i in range(0, len(features), max(len(features) // 200, 1))]))
+    flat = sample.float().flatten(0, 1)
+    return flat.mean(0), flat.std(0) + 1e-4
+
+
+class Standardised(nn.Module):
+    """A linear layer on standardised inputs, trained as such; `folded` is the same as one plain layer."""
+
+    def __init__(self, linear: nn.Linear, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear((x - self.mean) / self.scale)
+
+    @torch.no_grad()
+    def folded(self) -> nn.Linear:
+        plain = nn.Linear(self.linear.in_features, self.linear.out_features)
+        plain.weight.copy_(self.linear.weight / self.scale)
+        plain.bias.copy_(self.linear.bias - plain.weight @ self.mean)
+        return plain
+
+
+@torch.no_grad()
+def accuracy(model: Any, packed: Packed, features: np.memmap, scenes: list[Scene], each: int = 2) -> dict[str, float]:
+    """Share of questions whose answer greedy decoding writes exactly, by kind and as a mean over questions."""
+    model.eval()
+    hits: dict[str, list[bool]] = {}
+    for start in range(0, len(scenes), 8):
+        asked = [ask(scenes[i], random.Random(f"check {i}"), each) for i in range(start, min(start + 8, len(scenes)))]
+        x = torch.from_numpy(np.stack(features[start : start + len(asked)])).float()
+        logits, labels, which = forward(model, x, packed(asked))
+        # With the right words so far, every word is the likeliest: exactly then greedy decoding writes the answer.
+        wrong = set(which[logits.argmax(-1) != labels].tolist())
+        for row, some in enumerate(asked):
+            for number, question in enumerate(some):
+                hits.setdefault(question.kind, []).append(row * 1000 + number not in wrong)
+    model.train()
+    every = [hit for kind in hits.values() for hit in kind]
+    return {kind: round(sum(h) / len(h), 4) for kind, h in hits.items()} | {"all": round(sum(every) / len(every), 4)}
+
+
+def train(args: argparse.Namespace, deadline: float) -> None:
+    torch.manual_seed(args.seed)
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer)
+    del model.model.vision_tower  # the features are there already
+    features, checked = stored(args.work, "train"), stored(args.work, "check")
+    fit, check = collections(args.items)
+    scenes = [scene("train", n, fit) for n in range(len(features))]
+    check_scenes = [scene("check", n, check) for n in range(len(checked))]
+    projector = model.model.multi_modal_projector
+    projector.linear_1 = Standardised(projector.linear_1, *normalised(model, features))
+    packed = Packed(tokenizer)
+    optimizer = torch.optim.AdamW(_groups(model, args.decay), args.rate, betas=(0.9, 0.98))
+    checkpoint, step, seconds = args.work / "checkpoint.pt", 0, 0.0
+
+    def log(line: dict[str, Any]) -> None:
+        with (args.work / "log.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+        torch.save(state | {"images": len(features)}, checkpoint.with_suffix(".new"))
+        checkpoint.with_suffix(".new").replace(checkpoint)
+
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    else:
+        began = time.monotonic()
+        align(model, features, scenes, args.align, log)
+        seconds = time.monotonic() - began
+    model.train()
+    began, saved, losses = time.monotonic(), time.monotonic(), []
+    while step < args.steps and time.monotonic() < deadline:
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * schedule(step, args.steps, args.warm)
+        rng = random.Random(f"{args.seed} {step}")
+        chosen = rng.sample(range(len(features)), args.batch)
+        x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
+        asked = [ask(scenes[i], rng, args.each) for i in chosen]
+        logits, labels, _ = forward(model, x, packed(asked))
+        loss = nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        losses.append(loss.item())
+        now = time.monotonic()
+        if step % 25 == 0:
+            log({"step": step, "loss": round(float(np.mean(losses)), 4), "seconds": round(seconds + now - began)})
+            losses = []
+        if step % args.check == 0 or step == args.steps:
+            log({"step": step, "accuracy": accuracy(model, packed, checked, check_scenes)})
+        if now - saved > 180 or step == args.steps:
+            seconds, began = seconds + time.monotonic() - began, time.monotonic()
+            save()
+            saved = time.monotonic()
+            features = stored(args.work, "train")  # `encode` may still be running
+            scenes += [scene("train", n, fit) for n in range(len(scenes), len(features))]
+    seconds += time.monotonic() - began
+    save()
+    log({"step": step, "of": args.steps, "finished": step >= args.steps})
+
+
+def schedule(step: int, steps: int, warm: int) -> float:
+    """Linear to 1, then half a cosine to 0.02."""
+    if step < warm:
+        return (step + 1) / warm
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def _groups(model: Any, decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not."""
+    some = list(model.parameters())
+    return [
+        {"params": [p for p in some if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in some if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def export(args: argparse.Namespace) -> None:
+    """Projector, decoder and tokenizer into the package, then the held-out questions, and the model card."""
+    state = torch.load(args.work / "checkpoint.pt", weights_only=True)
+    weights = state["model"]
+    tokenizer = new_tokenizer()
+    model = new_model(tokenizer)
+    projector = model.model.multi_modal_projector
+    first = "model.multi_modal_projector.linear_1."
+    standard = Standardised(projector.linear_1, weights.pop(first + "mean"), weights.pop(first + "scale"))
+    standard.linear.load_state_dict({name: weights.pop(f"{first}linear.{name}") for name in ("weight", "bias")})
+    folded = standard.folded().state_dict()
+    weights |= {first + name: tensor for name, tensor in folded.items()}
+    out = shipped(find(NAME))
+    out.mkdir(parents=True, exist_ok=True)
+    half = {name: tensor.to(torch.float16).contiguous() for name, tensor in weights.items()}
+    save_file(half, out / WEIGHTS, metadata={"format": "pt"})
+    config = model.config.to_diff_dict()
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    config["vision_feature_layer"] = LAYER
+    config["vision_feature_select_strategy"] = "default"
+    config["vision_config"].pop("_name_or_path", None)  # a folder of this machine
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(out)
+    loaded, processor = load(NAME)
+    asked = questions(seed=0, count=args.questions)
+    answers = evaluate(loaded, processor, asked)
+    large = questions(seed=0, count=args.large, size=518)
+    figures = {
+        "steps": state["step"],
+        "images": state["images"],
+        "hours": round(state["seconds"] / 3600, 2),
+        "held_out": answers.to_dict(),
+        "blind": blind(asked),
+        "at_518": evaluate(loaded, processor, large).to_dict() if large else None,
+    }
+    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(card(figures, loaded), encoding="utf-8")
+    print(json.dumps(figures))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("encode", "train", "export"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for features, checkpoint and log")
+    parser.add_argument("--items", type=Path, default=ITEMS, help="folder with Fashion-MNIST's files")
+    parser.add_argument("--hours", type=float, default=3.0, help="stop after so long; the same command goes on")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=7000, help="scenes to train on")
+    parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--align", type=int, default=1200, help="steps of the projector by itself")
+    parser.add_argument("--warm", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
+    parser.add_argument("--each", type=int, default=4, help="questions of every kind, an image")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.05)
+    parser.add_argument("--check", type=int, default=250, help="steps between two measurements of accuracy")
+    parser.add_argument("--questions", type=int, default=1200, help="held-out questions at 224 pixels")
+    parser.add_argument("--large", type=int, default=120, help="held-out questions at 518 pixels")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 3600 * args.hours
+    if args.command == "encode":
+        encode(args.work, args.items, {"check": args.checked, "train": args.images}, deadline)
+    elif args.command == "train":
+        train(args, deadline)
+    else:
+        export(args)
+
+
+if __name__ == "__main__":
+    main()
