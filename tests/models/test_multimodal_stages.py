@@ -254,6 +254,8 @@ def test_wrong_usage():
         tt.apply("prefill=gemfilter()", model).install()
     with pytest.raises(ThriftError, match="needs the whole grid"):
         tt.apply("vision=tome()", tiny_vlm("llava_next")).install()
+    with pytest.raises(ThriftError, match="'segments' of an encoder whose tokens vision=tome reduces"):
+        tt.apply("vision=tome() connector=pool_tokens()", model).install()
     with pytest.raises(ThriftError, match="takes one method at a time"):
         tt.apply({"connector": ["random_tokens", "uniform_tokens"]}, model).install()
 

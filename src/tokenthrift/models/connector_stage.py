@@ -137,10 +137,21 @@ class Connector:
                     f"{method.info.name} asks for layer {bad[0]} of an encoder with {count} layers: "  # type: ignore[union-attr]
                     f"name some of 0 to {count - 1}"
                 )
+        self._check_encoder()
         self.visual: Tensor | None = None
         self.placed: list[Placed] = []
         self._running = threading.local()
         self.forward: Callable[..., Any] = self.language.forward
+
+    def _check_encoder(self) -> None:
+        asked = sorted(self.needs & {"cls", "received", "keys", "hidden", "segments", "grid"})
+        steps = self.session.plan.at("vision")
+        if asked and steps and (self.adapter.reduced or set(asked) - {"segments", "grid"}):
+            raise ThriftError(
+                f"connector={self.method.info.name} looks at {asked[0]!r} of an encoder whose tokens "  # type: ignore[union-attr]
+                f"vision={steps[0].info.name} reduces: leave out one of them, or use a method that needs features only, "
+                "such as divprune"
+            )
 
     def attach(self, undo: ExitStack) -> None:
         if self.inner in _attached:
@@ -193,7 +204,7 @@ class Connector:
         found = self.adapter.family.read(seen)
         pictures = Pictures(found, seen.shape(len(found)))
         if self.adapter.reduced:
-            pictures = self._spaced(out, seen)
+            pictures = self._spaced(out, seen, found)
         elif watched:
             pictures.parts = self._parts(watched, seen)
         setattr(out, _NOTE, pictures)
@@ -223,7 +234,7 @@ class Connector:
         name = type(self.adapter.encoder).__name__
         return EncoderParts(watched, len(self.adapter.layers), prefix, flat, unit, order, name)
 
-    def _spaced(self, out: Any, seen: Seen) -> Pictures:
+    def _spaced(self, out: Any, seen: Seen, found: list[Picture]) -> Pictures:
         """Where the encoder was reduced: put the features that are left where they stand among the placeholders.
 
         What is between them is nothing, and is dropped when images and text are joined."""
@@ -236,16 +247,16 @@ class Connector:
             raise ThriftError(
                 "the vision stage reduced other layers than those that the connector reads: use a single feature layer"
             )
-        n, found, spaced = map.n_in - cut, [], []
+        n, spaced, pictures = map.n_in - cut, [], []
         for row, of_image in enumerate(features):
             real = map.mask[row, cut:]
             at, order = (map.anchors[row, cut:][real] - cut).sort()
             whole = of_image.new_zeros(n, of_image.shape[-1])
             whole[at] = of_image[real][order]
             spaced.append(whole)
-            found.append(Picture(len(at), left=at, whole=n) if len(at) < n else Picture(n))
+            pictures.append(found[row] if len(at) == n else Picture(len(at), left=at, whole=n))
         out.pooler_output = spaced
-        return Pictures(found)
+        return Pictures(pictures)
 
     # ---- joining images and text ------------------------------------------------------------------------------------
 
@@ -285,6 +296,9 @@ class Connector:
         now, cache = self._now, kwargs.get("past_key_values")
         if now is None or args:  # called by itself
             return self.forward(*args, **kwargs)
+        if self.method is None and not self.adapter.reduced:
+            with self._showing(self._visual(now)):
+                return self.forward(**kwargs)
         placed = self._place(now, kwargs["inputs_embeds"]) if now.pictures else []
         if not placed:
             return self._go_on(now, cache, kwargs) if isinstance(cache, ConnectorCache) else self.forward(**kwargs)
@@ -305,6 +319,15 @@ class Connector:
         map = prompt_map(placed, maps, real)
         self.session.add_map("connector", map)
         return self._shortened(now, cache, kwargs, map, real, visual, placed)
+
+    def _visual(self, now: Now) -> Tensor | None:
+        """``(batch, n)`` bool: the placeholders of a prompt; None where there are none."""
+        if now.ids is None or now.ids.shape[1] < 2:
+            return None
+        visual = torch.zeros_like(now.ids, dtype=torch.bool)
+        for modality in MODALITIES:
+            visual |= now.ids == getattr(self.inner.config, f"{modality}_token_id", -1)
+        return visual if bool(visual.any()) else None
 
     @contextmanager
     def _showing(self, visual: Tensor | None) -> Iterator[None]:
@@ -404,6 +427,7 @@ class Connector:
             text=Lazy(lambda: _text(embeds, real & ~visual, rows)[0]),
             text_mask=Lazy(lambda: _text(embeds, real & ~visual, rows)[1]),
         )
+        view.offer("layers", len(self.adapter.layers))
         if picture.segments:
             view.offer("segments", picture.segments)
         if len(picture.segments) == 1:
