@@ -267,3 +267,55 @@ def test_an_encoder_whose_output_is_copied_back():
         model(**inputs)
     stages = session.report().stages
     assert stages["vision"].kept < 0.6 and stages["connector"].kept == 0.25
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("positions", ["gapless", "original"])
+@torch.no_grad()
+def test_drafts_change_nothing(family, positions):
+    model, inputs = tiny_vlm(family), alone(family, 1)
+    plan = f"connector=random_tokens(keep=0.25, positions='{positions}')"
+    with tt.apply(plan, model):
+        expected = generated(model, inputs, 10)
+    with tt.apply(f"{plan} decode=prompt_lookup()", model):
+        assert torch.equal(generated(model, inputs, 10), expected)
+
+
+@torch.no_grad()
+def test_rows_without_images_and_prompts_in_chunks():
+    model = tiny_vlm("llava")
+    inputs = pictured("llava", [row([5, 6, 7]), *ROWS, [9, 8]], 3)
+    with tt.apply(QUARTER, model) as session:
+        together = generated(model, inputs)
+        for r in range(2):
+            assert torch.equal(generated(model, alone("llava", r))[0], together[1 + r])
+        words = {k: inputs[k][:1, -3:] for k in ("input_ids", "attention_mask")}
+        assert torch.equal(generated(model, words)[0], together[0])
+        assert session.report().stages["connector"].kept == 0.25
+        with pytest.raises(ThriftError, match="leave out prefill_chunk_size"):
+            generated(model, inputs, prefill_chunk_size=16)
+
+
+@torch.no_grad()
+def test_an_image_in_two_rows_is_refused():
+    model = tiny_vlm("llava")
+    inputs = pictured("llava", [row([5], 35, [7]), row([5], 37)], 2)
+    with (
+        tt.apply(QUARTER, model),
+        pytest.raises(ThriftError, match="row 0 has 35 image placeholders, its images have 36"),
+    ):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_later_stages_are_told_which_columns_are_visual():
+    model, inputs = tiny_vlm("llava"), pictured("llava", ROWS, 3)
+    seen = []
+    with tt.apply(QUARTER, model) as session:
+        adapter = session.adapter
+        handle = model.model.language_model.layers[0].register_forward_hook(lambda *_: seen.append(adapter.visual()))
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        handle.remove()
+    assert seen[0].sum(1).tolist() == [9, 18] and seen[0].shape == (2, 24)
+    assert seen[0][0].nonzero().min() == 24 - 14 + 2
+    assert seen[1] is None and adapter.visual() is None

@@ -147,10 +147,10 @@ class Connector:
         asked = sorted(self.needs & {"cls", "received", "keys", "hidden", "segments", "grid"})
         steps = self.session.plan.at("vision")
         if asked and steps and (self.adapter.reduced or set(asked) - {"segments", "grid"}):
+            name, other = self.method.info.name, steps[0].info.name  # type: ignore[union-attr]
             raise ThriftError(
-                f"connector={self.method.info.name} looks at {asked[0]!r} of an encoder whose tokens "  # type: ignore[union-attr]
-                f"vision={steps[0].info.name} reduces: leave out one of them, or use a method that needs features only, "
-                "such as divprune"
+                f"connector={name} looks at {asked[0]!r} of an encoder whose tokens vision={other} reduces: "
+                "leave out one of them, or use a method that needs features only, such as divprune"
             )
 
     def attach(self, undo: ExitStack) -> None:
@@ -354,6 +354,11 @@ class Connector:
                 while filled < counts[row]:
                     filled += pictures.found[number].placeholders
                     number += 1
+                if filled > counts[row]:
+                    raise ThriftError(
+                        f"row {row} has {counts[row]} {modality} placeholders, its images have {filled} tokens: write "
+                        "as many in the same row"
+                    )
                 for copy in range(row, row + copies):
                     for i in range(first, number):
                         picture = pictures.found[i]
