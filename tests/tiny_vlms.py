@@ -173,6 +173,25 @@ def pictured(family: str, rows: list[list[int]], count: int, seed: int = 0) -> d
     return {**inputs, "pixel_values": pixels}
 
 
+ROWS = [row([5, 6], 36, [7, 8, 9]), row([3, 4], 36, [5, 6, 7], 36, [8])]
+"""A batch with one image, and two."""
+
+
+def alone(family: str, r: int) -> dict[str, torch.Tensor]:
+    """The inputs of one row of ROWS, with the images that it has in the batch."""
+    whole = pictured(family, ROWS, 3)
+    one = pictured(family, [ROWS[r]], ROWS[r].count(IMAGE) // 36)
+    counts = [1, 2]
+    at, n = sum(counts[:r]), counts[r]
+    if "qwen" in family:
+        one["pixel_values"] = whole["pixel_values"][at * 144 : (at + n) * 144]
+    elif family in ("smolvlm", "idefics3"):
+        one["pixel_values"] = whole["pixel_values"][r : r + 1, :n]
+    else:
+        one["pixel_values"] = whole["pixel_values"][at : at + n]
+    return one
+
+
 def patches(pixels: torch.Tensor, side: int = 4, block: int = 2) -> torch.Tensor:
     """Flat patches in the order of Qwen's processors: blocks of 2 x 2, each patch twice in time."""
     n, c, h, w = pixels.shape

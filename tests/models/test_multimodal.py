@@ -65,7 +65,8 @@ def test_everything_kept_changes_no_bit():
 
 def test_a_map_of_a_prompt_merges_within_images():
     picture, source = Picture(4), Pictures([])
-    placed = [Placed(picture, r, torch.arange(2, 6), r, source) for r in range(2)]
+    columns = torch.arange(2, 6)
+    placed = [Placed(picture, r, columns, columns, r, source) for r in range(2)]
     images = TokenMap.merge(torch.tensor([[0, 0, 1, -1], [1, 0, 0, 0]]), anchor=torch.tensor([[1, 2], [2, 0]]))
     real = torch.ones(2, 7, dtype=torch.bool)
     real[1, 0] = False

@@ -7,11 +7,10 @@ import torch
 
 import tokenthrift as tt
 from tiny_models import fingerprint
-from tiny_vlms import EVERY, IMAGE, batch, pictured, row, tiny_vlm
+from tiny_vlms import EVERY, IMAGE, ROWS, alone, batch, pictured, tiny_vlm
 
 PLAIN = [f for f in EVERY if f not in ("llava_next", "llava_onevision")]
 FAMILY = pytest.mark.parametrize("family", PLAIN)
-ROWS = [row([5, 6], 36, [7, 8, 9]), row([3, 4], 36, [5, 6, 7], 36, [8])]
 WINDOW = 16  # of the tiny Gemma's sliding layers
 
 
@@ -99,21 +98,6 @@ def kept_columns(session, ids, mask):
     map = session.provenance()["connector"]
     pads = (mask == 0).sum(1).tolist()
     return [[c - pad for c in map.source[r][map.mask[r]].tolist()] for r, pad in enumerate(pads)]
-
-
-def alone(family, r):
-    """The inputs of one row of ROWS, with the images that it has in the batch."""
-    whole = pictured(family, ROWS, 3)
-    one = pictured(family, [ROWS[r]], ROWS[r].count(IMAGE) // 36)
-    counts = [1, 2]
-    at, n = sum(counts[:r]), counts[r]
-    if "qwen" in family:
-        one["pixel_values"] = whole["pixel_values"][at * 144 : (at + n) * 144]
-    elif family in ("smolvlm", "idefics3"):
-        one["pixel_values"] = whole["pixel_values"][r : r + 1, :n]
-    else:
-        one["pixel_values"] = whole["pixel_values"][at : at + n]
-    return one
 
 
 def close(a, b):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenthrift as tt
-from tiny_vlms import VIDEO, batch, images, patches, pictured, row, tiny_vlm
+from tiny_vlms import IMAGE, VIDEO, batch, images, patches, pictured, row, tiny_vlm
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.method import method
 from tokenthrift.core.tokenmap import TokenMap
@@ -187,6 +187,58 @@ def test_videos():
     with tt.apply("connector=spy_on_view(layer=1)", model) as session:
         model(**ids, pixel_values_videos=patches(images(2)), video_grid_thw=grid, mm_token_type_ids=kinds)
     assert [(s.t, s.h, s.w, s.kind) for s in SEEN["segments"]] == [(2, 6, 6, "frame")]
+
+
+@torch.no_grad()
+def test_patches_that_are_padding():
+    """An image of SmolVLM whose right half is no image: its patches receive nothing."""
+    model = tiny_vlm("smolvlm")
+    inputs = pictured("smolvlm", [row([5], 36, [7])], 1)
+    shown = torch.ones(1, 1, 48, 48, dtype=torch.bool)
+    shown[..., 24:] = False
+    with tt.apply("connector=spy_on_view(layer=1)", model):
+        model(**inputs, pixel_attention_mask=shown)
+    received = SEEN["received"].view(6, 6)
+    assert received[:, 3:].eq(0).all() and torch.isclose(received.sum() * 4, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("plan", ["random_tokens(keep=20)", "pool_tokens(keep=0.25)"])
+@torch.no_grad()
+def test_packed_images_with_fewer_tokens(family, plan):
+    model, given, lengths = packed([(28, 96), (96, 48)], family)
+    inputs = {**batch([row([3], *lengths[:1], [4, 5], *lengths[1:], [6])]), **given}
+    with tt.apply(f"connector={plan}", model) as session:
+        out = model(**inputs)
+    map = session.provenance()["connector"]
+    for placed in session.adapter.pictures():
+        newlines = placed.columns[placed.picture.protected]
+        assert map.kept[0, newlines].all()
+    words = model.get_input_embeddings()(inputs["input_ids"])
+    words[inputs["input_ids"] == IMAGE] = torch.cat(model.model.get_image_features(**given).pooler_output)
+    hidden = model.model.language_model(inputs_embeds=map.dense() @ words).last_hidden_state
+    assert torch.allclose(out.logits[:, map.anchors[0]], model.lm_head(hidden), atol=3e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_videos_with_fewer_tokens():
+    """Qwen3-VL writes each frame on its own, with text between; positions are those of the model, closed up."""
+    model = tiny_vlm("qwen3_vl")
+    ids = batch([[3] + [VIDEO] * 36 + [4] + [VIDEO] * 36 + [5]])
+    kinds = 2 * (ids["input_ids"] == VIDEO).int()
+    given = {"pixel_values_videos": patches(images(2)), "video_grid_thw": torch.tensor([[2, 12, 12]])}
+    seen = {}
+    hook = model.model.language_model.rotary_emb.register_forward_pre_hook(lambda _m, a: seen.update(at=a[1]))
+    with tt.apply("connector=center_tokens(keep=8)", model) as session:
+        model(**ids, **given, mm_token_type_ids=kinds)
+    hook.remove()
+    (video,) = session.adapter.pictures()
+    assert [(s.t, s.h, s.w) for s in video.picture.segments] == [(2, 6, 6)]
+    assert session.report().stages["connector"].tokens_after == 8
+    text, frame = [[0], [0], [0]], [[1, 1, 1, 1], [1, 1, 2, 2], [1, 2, 1, 2]]
+    later = [[x + 3 for x in axis] for axis in frame]
+    expected = [t + f + [3] + g + [6] for t, f, g in zip(text, frame, later, strict=True)]
+    assert seen["at"][:, 0].tolist() == expected
 
 
 @torch.no_grad()

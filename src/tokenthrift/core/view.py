@@ -110,7 +110,8 @@ class View:
     ``text``         connector                          ``(batch, text tokens, dim)``: embeddings of the text around;
                                                         ``text_mask`` ``(batch, text tokens)`` bool
     ``layer``        vision cache prefill attention     index of the layer; ``layers`` their number. At the attention
-                                                        stage layers with a sliding window are not counted
+                                                        stage layers with a sliding window are not counted; at the
+                                                        connector stage ``layers`` are those of the encoder
     ``memory``       attention                          dict, what the method remembers of this layer and cache
     ``shared``       attention                          dict, the same for all layers of the cache
     ``text``         text                               the prompt; ``question`` what will be asked, or None

@@ -20,9 +20,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 MODALITIES = ("image", "video")
 _NOTE = "_tokenthrift_pictures"
+_attached: WeakSet[Any] = WeakSet()
+"""Models on which a session is installed."""
 
 
 @dataclass(eq=False)
@@ -50,6 +53,8 @@ class Pictures:
     """The images of one call of the model's ``get_image_features``, and what the encoder did with them."""
 
     found: list[Picture]
+    shape: tuple[int, int] | None = None
+    """Rows of the encoder, and patches in each."""
     parts: EncoderParts | None = None
     decided: dict[int, tuple[TokenMap, int]] = field(default_factory=dict)
     """By image: the map of its layout's images, and which row of it."""
@@ -63,14 +68,29 @@ class Placed:
         picture: how its tokens lie.
         row: of the batch.
         columns: ``(n,)`` int64, where its tokens stand in the prompt, as the user wrote it.
+        span: ``(placeholders,)`` int64, all of its placeholders: more than tokens where the encoder was reduced.
         number: of the image among those of its kind.
     """
 
     picture: Picture
     row: int
     columns: Tensor
+    span: Tensor
     number: int
     source: Pictures
+
+    def patches(self) -> TokenMap:
+        """From the encoder's patches ``(1, rows · patches)``, all those of its call, to the image's tokens; tokens
+        that come from no patch are padding.
+
+        Raises:
+            ThriftError: the encoder was reduced (its own map is ``provenance()["vision"]``), or is not known.
+        """
+        if self.picture.pool is None or self.source.shape is None:
+            raise ThriftError("which patches stand behind these tokens is not known: see provenance()['vision']")
+        rows, patches = self.source.shape
+        each = torch.eye(rows * patches).view(rows, patches, -1)
+        return TokenMap.transform(self.picture.pool(each)[None])
 
 
 @dataclass
@@ -117,15 +137,30 @@ class Connector:
                     f"{method.info.name} asks for layer {bad[0]} of an encoder with {count} layers: "  # type: ignore[union-attr]
                     f"name some of 0 to {count - 1}"
                 )
+        self._check_encoder()
         self.visual: Tensor | None = None
         self.placed: list[Placed] = []
         self._running = threading.local()
         self.forward: Callable[..., Any] = self.language.forward
 
+    def _check_encoder(self) -> None:
+        asked = sorted(self.needs & {"cls", "received", "keys", "hidden", "segments", "grid"})
+        steps = self.session.plan.at("vision")
+        if asked and steps and (self.adapter.reduced or set(asked) - {"segments", "grid"}):
+            name, other = self.method.info.name, steps[0].info.name  # type: ignore[union-attr]
+            raise ThriftError(
+                f"connector={name} looks at {asked[0]!r} of an encoder whose tokens vision={other} reduces: "
+                "leave out one of them, or use a method that needs features only, such as divprune"
+            )
+
     def attach(self, undo: ExitStack) -> None:
+        if self.inner in _attached:
+            raise ThriftError("another session is installed on this model; leave its with block first")
+        undo.callback(_attached.discard, self.inner)
+        _attached.add(self.inner)
         for modality in MODALITIES:
             name = f"get_{modality}_features"
-            if self.method is not None and hasattr(self.inner, name):
+            if hasattr(self.inner, name):
                 _replace(self.inner, name, partial(self._features, modality == "video"), undo)
         _replace(self.inner, "forward", self._join, undo)
         self._wrapped = _replace(self.language, "forward", self._read, undo)
@@ -163,10 +198,14 @@ class Connector:
         if not hasattr(out, "pooler_output"):
             return out
         given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
         lengths = [len(features) for features in out.pooler_output]
-        seen = Seen(self.inner, {**given, **given.get("kwargs", {})}, lengths, packed or None, video)
-        pictures = Pictures(self.adapter.family.read(seen))
-        if watched:
+        seen = Seen(self.inner, given, lengths, packed or None, video)
+        found = self.adapter.family.read(seen)
+        pictures = Pictures(found, seen.shape(len(found)))
+        if self.adapter.reduced:
+            pictures = self._spaced(out, seen, found)
+        elif watched:
             pictures.parts = self._parts(watched, seen)
         setattr(out, _NOTE, pictures)
         now = self._now
@@ -195,6 +234,30 @@ class Connector:
         name = type(self.adapter.encoder).__name__
         return EncoderParts(watched, len(self.adapter.layers), prefix, flat, unit, order, name)
 
+    def _spaced(self, out: Any, seen: Seen, found: list[Picture]) -> Pictures:
+        """Where the encoder was reduced: put the features that are left where they stand among the placeholders.
+
+        What is between them is nothing, and is dropped when images and text are joined."""
+        strategy = seen.given.get("vision_feature_select_strategy")
+        strategy = strategy or getattr(self.inner.config, "vision_feature_select_strategy", None)
+        cut = int(strategy == "default")
+        features = list(out.pooler_output)
+        map = _map_of(self.session.maps("vision"), len(features[0]) + cut)
+        if map is None or len(map.source) != len(features):
+            raise ThriftError(
+                "the vision stage reduced other layers than those that the connector reads: use a single feature layer"
+            )
+        n, spaced, pictures = map.n_in - cut, [], []
+        for row, of_image in enumerate(features):
+            real = map.mask[row, cut:]
+            at, order = (map.anchors[row, cut:][real] - cut).sort()
+            whole = of_image.new_zeros(n, of_image.shape[-1])
+            whole[at] = of_image[real][order]
+            spaced.append(whole)
+            pictures.append(found[row] if len(at) == n else Picture(len(at), left=at, whole=n))
+        out.pooler_output = spaced
+        return Pictures(pictures)
+
     # ---- joining images and text ------------------------------------------------------------------------------------
 
     @property
@@ -207,7 +270,7 @@ class Connector:
         mask, before = given.get("attention_mask"), self._now
         now = Now(given.get("input_ids"), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, {})
         outputs = given.get("mm_encoder_outputs")
-        if isinstance(outputs, dict) and self.method is not None:
+        if isinstance(outputs, dict) and (self.method is not None or self.adapter.reduced):
             for modality, out in outputs.items():
                 if out is not None and getattr(out, "pooler_output", None) is not None:
                     now.pictures[modality] = self._noted(out)
@@ -233,21 +296,22 @@ class Connector:
         now, cache = self._now, kwargs.get("past_key_values")
         if now is None or args:  # called by itself
             return self.forward(*args, **kwargs)
-        if self.method is None:
-            return self._only_note(now, kwargs)
+        if self.method is None and not self.adapter.reduced:
+            with self._showing(self._visual(now)):
+                return self.forward(**kwargs)
         placed = self._place(now, kwargs["inputs_embeds"]) if now.pictures else []
         if not placed:
             return self._go_on(now, cache, kwargs) if isinstance(cache, ConnectorCache) else self.forward(**kwargs)
         start, self.placed = perf_counter(), placed
         real = self._real(now, kwargs)
         maps = self._decide(placed, kwargs["inputs_embeds"], real)
-        whole = all(map.is_identity for map, _ in maps)
         before = sum(p.picture.n for p in placed)
-        left = before if whole else sum(int(map.mask[row].sum()) for map, row in maps)
-        self.session.record("connector", before=before, after=left, seconds=perf_counter() - start)
+        left = sum(int(map.mask[row].sum()) for map, row in maps)
+        if self.method is not None:
+            self.session.record("connector", before=before, after=left, seconds=perf_counter() - start)
         self.session.start_maps("connector")
         visual = _at(placed, real)
-        if whole:
+        if left == sum(p.picture.placeholders for p in placed) and all(map.is_identity for map, _ in maps):
             self.session.add_map("connector", TokenMap.identity(real.shape[1], real.shape[:1], real.device))
             with self._showing(visual):
                 return self._go_on(now, cache, kwargs) if isinstance(cache, ConnectorCache) else self.forward(**kwargs)
@@ -256,16 +320,14 @@ class Connector:
         self.session.add_map("connector", map)
         return self._shortened(now, cache, kwargs, map, real, visual, placed)
 
-    def _only_note(self, now: Now, kwargs: dict[str, Any]) -> Any:
-        visual = None
-        if now.ids is not None and now.ids.shape[1] > 1:
-            visual = torch.zeros_like(now.ids, dtype=torch.bool)
-            for modality in MODALITIES:
-                token = getattr(self.inner.config, f"{modality}_token_id", None)
-                if token is not None:
-                    visual |= now.ids == token
-        with self._showing(visual if visual is not None and bool(visual.any()) else None):
-            return self.forward(**kwargs)
+    def _visual(self, now: Now) -> Tensor | None:
+        """``(batch, n)`` bool: the placeholders of a prompt; None where there are none."""
+        if now.ids is None or now.ids.shape[1] < 2:
+            return None
+        visual = torch.zeros_like(now.ids, dtype=torch.bool)
+        for modality in MODALITIES:
+            visual |= now.ids == getattr(self.inner.config, f"{modality}_token_id", -1)
+        return visual if bool(visual.any()) else None
 
     @contextmanager
     def _showing(self, visual: Tensor | None) -> Iterator[None]:
@@ -280,7 +342,7 @@ class Connector:
         out: list[Placed] = []
         for modality, pictures in now.pictures.items():
             mask = self._placeholders(modality, now.ids, embeds)
-            total, slots = sum(p.n for p in pictures.found), mask.nonzero()
+            total, slots = sum(p.placeholders for p in pictures.found), mask.nonzero()
             if not total or len(slots) % total:
                 raise ThriftError(
                     f"{len(slots)} placeholders for {total} {modality} tokens: write as many as the images have"
@@ -290,14 +352,20 @@ class Connector:
             for row in range(0, len(counts), copies):
                 first, filled = number, 0
                 while filled < counts[row]:
-                    filled += pictures.found[number].n
+                    filled += pictures.found[number].placeholders
                     number += 1
+                if filled > counts[row]:
+                    raise ThriftError(
+                        f"row {row} has {counts[row]} {modality} placeholders, its images have {filled} tokens: write "
+                        "as many in the same row"
+                    )
                 for copy in range(row, row + copies):
                     for i in range(first, number):
-                        n = pictures.found[i].n
-                        columns = slots[at : at + n, 1]
-                        out.append(Placed(pictures.found[i], copy, columns, i, pictures))
-                        at += n
+                        picture = pictures.found[i]
+                        span = slots[at : at + picture.placeholders, 1]
+                        columns = span if picture.left is None else span[picture.left]
+                        out.append(Placed(picture, copy, columns, span, i, pictures))
+                        at += picture.placeholders
         return out
 
     def _placeholders(self, modality: str, ids: Tensor | None, embeds: Tensor) -> Tensor:
@@ -322,7 +390,8 @@ class Connector:
 
     def _decide(self, placed: Sequence[Placed], embeds: Tensor, real: Tensor) -> list[tuple[TokenMap, int]]:
         """Of each image a map, and which row of it is the image's. Images that lie alike are decided together."""
-        assert self.method is not None
+        if self.method is None:
+            return [(TokenMap.identity(p.picture.n, device=real.device), 0) for p in placed]
         by_layout: dict[Any, list[Placed]] = {}
         for p in placed:
             known = p.source.decided.get(p.number)
@@ -363,6 +432,7 @@ class Connector:
             text=Lazy(lambda: _text(embeds, real & ~visual, rows)[0]),
             text_mask=Lazy(lambda: _text(embeds, real & ~visual, rows)[1]),
         )
+        view.offer("layers", len(self.adapter.layers))
         if picture.segments:
             view.offer("segments", picture.segments)
         if len(picture.segments) == 1:
@@ -535,7 +605,7 @@ def _at(placed: Sequence[Placed], like: Tensor) -> Tensor:
     """``(batch, n)`` bool: the columns of images."""
     out = torch.zeros_like(like)
     for p in placed:
-        out[p.row, p.columns] = True
+        out[p.row, p.span] = True
     return out
 
 
@@ -549,7 +619,7 @@ def _runs(placed: Sequence[Placed]) -> list[Run]:
     """The runs of columns of images, in ascending order."""
     out = []
     for p in placed:
-        columns = p.columns
+        columns = p.span
         breaks = (columns.diff() != 1).nonzero().squeeze(-1) + 1
         for part in columns.tensor_split(breaks.cpu()):
             out.append(Run(p.row, int(part[0]), int(part[-1]) + 1))
@@ -578,6 +648,16 @@ def _restored(out: Any, columns: Tensor, n: int) -> Any:
     if getattr(out, "hidden_states", None) is not None:
         out.hidden_states = tuple(restore(h) for h in out.hidden_states)
     return out
+
+
+def _map_of(maps: Sequence[TokenMap], left: int) -> TokenMap | None:
+    """The map of the encoder's layers up to that whose output has so many tokens."""
+    for count in range(1, len(maps) + 1):
+        if maps[count - 1].n_out == left:
+            return reduce(TokenMap.then, maps[:count])
+    if maps and maps[0].n_in == left:  # the layers that are read come before any reduction
+        return TokenMap.identity(left, maps[0].lead, maps[0].device)
+    return None
 
 
 def _check_map(name: str, map: TokenMap, images: int, n: int) -> None:

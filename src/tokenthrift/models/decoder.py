@@ -37,11 +37,6 @@ class DecoderAdapter:
             and find_attentions(model)
         )
 
-    @property
-    def runs(self) -> Any:
-        """The module whose ``forward`` reads prompts; inside a vision-language model that is its language model."""
-        return self.model
-
     @cached_property
     def costs(self) -> DecoderCosts:
         return DecoderCosts.of(self.model)

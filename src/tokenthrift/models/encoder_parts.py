@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from ..core.errors import ThriftError
 from ..ops.encoder_attention import received_attention, row_attention
-from .attention import Watcher, watching_instead
+from .attention import Watcher, real_tokens, watching_instead
 from .pictures import Picture
 
 ATTENTION = ("cls", "received", "keys")
 """Parts of the view that come from a layer's queries and keys."""
 
 
+Call = tuple[Tensor, Tensor, float, Tensor | None]
+
+
 @dataclass
 class Watched:
-    """Of one layer: queries, keys and scaling of each of its attention calls, and its output."""
+    """Of one layer: queries, keys, scaling and real tokens of each of its attention calls, and its output."""
 
-    calls: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     hidden: Tensor | None = None
 
 
@@ -32,7 +35,8 @@ class _Note(Watcher):
         self.watched = watched
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
-        self.watched.calls.append((query.detach(), key.detach(), scaling))
+        real = None if mask is None else real_tokens(mask).expand(len(key), -1)
+        self.watched.calls.append((query.detach(), key.detach(), scaling, real))
 
 
 @contextmanager
@@ -90,20 +94,20 @@ class EncoderParts:
                 f"{self.name} has no CLS token to rank visual tokens by: use a method that needs none, such as hiprune "
                 "or divprune"
             )
-        (query, key, scaling), *_ = self._calls(layer)
-        rows = row_attention(query[:, :, 0], key, scaling)[..., self.prefix :]
+        (query, key, scaling, real), *_ = self._calls(layer)
+        rows = row_attention(query[:, :, 0], key, scaling, real)[..., self.prefix :]
         return self._pooled(rows.transpose(1, 2), pictures).transpose(1, 2)
 
     def received(self, layer: int, pictures: Sequence[Picture]) -> Tensor:
-        """``(batch, n)``; where attention stays within windows, queries outside give nothing."""
+        """``(batch, n)``; where attention stays within windows, queries outside give nothing, nor does padding."""
         calls = self._calls(layer)
-        sums = torch.cat([received_attention(q, k, s) for q, k, s in calls], dim=-1)
+        sums = torch.cat([received_attention(*call) for call in calls], dim=-1)
         pooled = self._pooled(self._ordered(sums[:, self.prefix :, None]), pictures).squeeze(-1)
         return pooled / (pooled.shape[-1] * self.unit if self.flat else sums.shape[-1])
 
     def keys(self, layer: int, pictures: Sequence[Picture]) -> Tensor:
         """``(batch, heads, n, head_dim)``."""
-        key = torch.cat([k for _, k, _ in self._calls(layer)], dim=2)
+        key = torch.cat([key for _, key, *_ in self._calls(layer)], dim=2)
         flat = self._ordered(key.transpose(1, 2).flatten(2)[:, self.prefix :])
         return self._pooled(flat, pictures).unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
 
@@ -121,7 +125,7 @@ class EncoderParts:
             raise ThriftError(f"layer {layer} of {self.name} was not watched ({known} were): name it in encoder_layers")
         return found
 
-    def _calls(self, layer: int) -> list[tuple[Tensor, Tensor, float]]:
+    def _calls(self, layer: int) -> list[Call]:
         calls = self._watched(layer).calls
         if not calls:
             raise ThriftError(f"the attention of {self.name} cannot be read: use a method that needs only features")

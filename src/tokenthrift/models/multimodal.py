@@ -64,16 +64,11 @@ FAMILIES = (
 
 
 class LanguageAdapter(DecoderAdapter):
-    """The language model inside a vision-language model: what stages after the connector see."""
+    """A vision-language model for the stages that act on its language model."""
 
     def __init__(self, model: Any, language: nn.Module) -> None:
-        self.language = language
         super().__init__(model)
-        self.attentions = find_attentions(language)
-
-    @property
-    def runs(self) -> Any:
-        return self.language
+        self.language, self.attentions = language, find_attentions(language)
 
     @cached_property
     def costs(self) -> DecoderCosts:
@@ -81,6 +76,14 @@ class LanguageAdapter(DecoderAdapter):
         inside = head is not None and any(m is head for m in self.language.modules())
         per_token = linear_flops(self.language) - (linear_flops(head) if inside else 0)
         return replace(DecoderCosts.of(self.model), per_token=per_token)
+
+
+class PromptAdapter(DecoderAdapter):
+    """The language model itself, whose prompts are embeddings of text and of images."""
+
+    def __init__(self, adapter: MultimodalAdapter) -> None:
+        super().__init__(adapter.language)
+        self.visual, self.count = adapter.visual, adapter.decoder.count  # type: ignore[method-assign]
 
 
 class MultimodalAdapter:
@@ -103,8 +106,11 @@ class MultimodalAdapter:
         self.encoder: Any = part(self.inner, self.family.encoder)
         self.language: Any = part(self.inner, self.family.language)
         self.decoder = LanguageAdapter(model, self.language)
+        self.reader = PromptAdapter(self)
         self._connector: Any = None
         self._attached = False
+        self.reduced = False
+        """Whether the encoder returns fewer tokens than patches."""
 
     @classmethod
     def fits(cls, model: Any) -> bool:
@@ -141,19 +147,27 @@ class MultimodalAdapter:
 
         if stage == "vision":
             self._install_vision(methods[0], session, undo)
-            return
-        if stage == "connector" or (stage == "prefill" and not self._attached):
+        joins = stage == "vision" and self.reduced and not {"connector", "prefill"} & set(session.plan.stages)
+        if stage == "connector" or joins or (stage == "prefill" and not self._attached):
             undo.callback(setattr, self, "_attached", False)
             self._attached = True
             method = methods[0] if stage == "connector" else None
             self._connector = install_connector(self, method, session, undo)
+        if stage == "vision":
+            return
         if stage == "connector":
             self.decoder.count(session, undo)
             return
         if stage == "prefill":
+            if "visual" not in methods[0].info.needs:
+                kind = type(self.model).__name__
+                raise ThriftError(
+                    f"prefill={methods[0].info.name} reads prompts of text, and {kind} has images: "
+                    "use connector=..., or a prefill method that drops visual tokens"
+                )
             # What the language model gets is decided before its prompt is looked at.
             with self._connector.lifted(undo):
-                self.decoder.install(stage, methods, session, undo)
+                self.reader.install(stage, methods, session, undo)
             return
         self.decoder.install(stage, methods, session, undo)
 
@@ -171,6 +185,8 @@ class MultimodalAdapter:
                 "a vision method that acts around a sub-layer"
             )
         adapter = EncoderAdapter(self.encoder if self.family.flexible else self.model)
+        undo.callback(setattr, self, "reduced", False)
+        self.reduced = self.family.flexible and not around
         adapter.install("vision", [method], session, undo)
 
 

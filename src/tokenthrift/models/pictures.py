@@ -25,17 +25,26 @@ class Picture:
             channels)``: as the connector does it, but with the mean where that joins patches. None where a token has
             no patches that are known.
         protected: ``(n,)`` bool, tokens that separate rows of patches; None = none.
+        left: where the encoder itself was reduced: ``(n,)`` int64, ascending, which of the image's ``placeholders``
+            the tokens that are left stand at; None = at all of them.
     """
 
     n: int
     segments: tuple[Segment, ...] = ()
     pool: Callable[[Tensor], Tensor] | None = None
     protected: Tensor | None = None
+    left: Tensor | None = None
+    whole: int | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """How many of them the image has in a prompt."""
+        return self.n if self.whole is None else self.whole
 
     @property
     def layout(self) -> tuple[Any, ...]:
         """Equal for pictures that lie alike."""
-        return self.n, *((s.start, s.t, s.h, s.w, s.kind, s.row, s.col) for s in self.segments)
+        return self.n, self.whole, *((s.start, s.t, s.h, s.w, s.kind, s.row, s.col) for s in self.segments)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,16 @@ class Seen:
     lengths: Sequence[int]
     packed: dict[str, Any] | None
     video: bool
+
+    def shape(self, images: int) -> tuple[int, int]:
+        """Rows of the encoder and patches in each, given how many images there are; patches of all images may be one
+        row."""
+        if self.packed is not None:
+            return sum(len(f) for f in self.packed["image_features"]), self.packed["image_features"][0].shape[1]
+        if self.pixels.dim() == 2:
+            return 1, len(self.pixels)
+        h, w = self.grid(self.pixels)
+        return images * (self.pixels.shape[1] if self.video and self.pixels.dim() == 5 else 1), h * w
 
     @property
     def pixels(self) -> Tensor:
