@@ -310,6 +310,7 @@ def test_impossible_parameters_are_refused_when_the_plan_is_read(name, wrong):
         ("hired", {"alpha": -0.1}),
         ("flashvlm", {"eta": 2.0}),
         ("flashvlm", {"important": -1.0}),
+        ("flashvlm", {"at_once": 0}),
         ("visionzip", {"contextual": 1.0}),
         ("visionzip", {"contextual": -1}),
         ("visionzip", {"keep": 8, "contextual": 8}),

@@ -60,3 +60,13 @@ def test_it_ends_with_the_tokens_that_there_are():
     assert max_min_diversity(torch.randn(1, 4, 4), 0).shape == (1, 0)
     mask = torch.tensor([[False, True, False]])
     assert max_min_diversity(torch.randn(1, 3, 4), 2, mask).tolist() == [[1]]
+
+
+def test_known_distances_are_read_and_left_as_they_are():
+    torch.manual_seed(1)
+    x = torch.randn(2, 30, 5)
+    unit = normalize(x, dim=-1)
+    d = 1 - unit @ unit.transpose(1, 2)
+    before = d.clone()
+    assert max_min_diversity(torch.zeros(2, 30, 1), 9, d=d).equal(max_min_diversity(x, 9))
+    assert d.equal(before)

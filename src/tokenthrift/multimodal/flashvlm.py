@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.budget import Budget
+from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
@@ -20,8 +21,6 @@ TOKENS, POWER = 0.01, 2.5
 """Temperature of the softmax over visual tokens, and the power that sharpens it further."""
 BRIGHT, DIM = 0.005, 0.1
 """The share of the tokens whose relevance counts in full, and the factor of the others'."""
-AT_ONCE = 8
-"""Tokens that leave the rest in one step of thinning out."""
 EPS = 1e-6
 
 
@@ -46,18 +45,20 @@ class FlashVLM:
         keep: tokens to keep of each image: a share in (0, 1], or a count.
         eta: how much the text counts against CLS, in [0, 1].
         important: share of the budget for the best tokens, in [0, 1]; what remains of it is for the diverse ones.
+        at_once: tokens that leave the rest in one step; more steps compare what is left more often, and take longer.
         layer: of the encoder, whose CLS and hidden states are read, counted from 0, or negative from the end.
         positions: in the language model: "gapless" as in the authors' LLaVA, or "original".
 
     Raises:
-        ThriftError: a ``keep`` outside (0, 1] or below 1, shares outside [0, 1], a layer that the
-            encoder does not have, unknown positions; an encoder without CLS, for which there are ``hiprune`` and
+        ThriftError: a ``keep`` outside (0, 1] or below 1, shares outside [0, 1], no token at once, a layer that
+            the encoder does not have, unknown positions; an encoder without CLS, for which there are ``hiprune`` and
             ``divprune``.
     """
 
     keep: int | float = 0.222
     eta: float = 0.5
     important: float = 0.5
+    at_once: int = 8
     layer: int = -2
     positions: str = "gapless"
 
@@ -65,6 +66,8 @@ class FlashVLM:
         Budget.of(self.keep)
         check_share("flashvlm", "eta", self.eta)
         check_share("flashvlm", "important", self.important)
+        if self.at_once < 1:
+            raise ThriftError(f"flashvlm at_once={self.at_once} drops none: write 8, the authors' number, or more")
         check_positions("flashvlm", self.positions)
 
     def encoder_layers(self, count: int) -> tuple[int]:
@@ -85,7 +88,7 @@ class FlashVLM:
             score = seen.clamp(min=EPS) ** (1 - self.eta) * found.clamp(min=EPS) ** self.eta
             order = score.argsort(descending=True, stable=True)
             best = int(count * self.important)
-            diverse = thin_out(hidden[row, tokens[order[best:]]], count - best)
+            diverse = thin_out(hidden[row, tokens[order[best:]]], count - best, self.at_once)
             chosen[row, tokens[torch.cat([order[:best], order[best:][diverse]])]] = True
         return keep_chosen(view, chosen)
 
@@ -103,10 +106,10 @@ def relevance(features: Tensor, text: Tensor) -> Tensor:
     return _to_unit(torch.where(sharp >= sharp.quantile(1 - BRIGHT), sharp, sharp * DIM))
 
 
-def thin_out(hidden: Tensor, count: int) -> Tensor:
+def thin_out(hidden: Tensor, count: int, at_once: int) -> Tensor:
     """Which ``count`` of ``(tokens, dim)`` are left when those that are most like another one go.
 
-    A few go at a time, of those at even places the ones that are most like one at an odd place. Then those that stay at
+    So many go at once, of those at even places the ones that are most like one at an odd place. Then those that stay at
     even places come first, by falling likeness, and after them those at odd places.
     """
     unit = normalize(hidden.to(torch.float32), dim=-1)
@@ -116,8 +119,8 @@ def thin_out(hidden: Tensor, count: int) -> Tensor:
         return left[:0]
     while len(left) > count:
         even, odd = left[::2], left[1::2]
-        alike = like[even.unsqueeze(1), odd].amax(-1)
-        staying = alike.argsort(descending=True, stable=True)[min(AT_ONCE, len(left) - count) :]
+        alike = like.index_select(0, even).index_select(1, odd).amax(-1)
+        staying = alike.argsort(descending=True, stable=True)[min(at_once, len(left) - count) :]
         left = torch.cat([even[staying], odd])
     return left
 
