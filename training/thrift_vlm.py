@@ -17,6 +17,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from transformers import AttentionInterface
 from vlm_card import card
 from vlm_parts import LAYER, encoder, new_model, new_tokenizer
 
-from tokenthrift.bench.scene_questions import Question, ask
-from tokenthrift.bench.scenes import COLOURS, NAMES, Collection, Scene, draw, lay_out
+from tokenthrift.bench.scene_questions import NOTHING, Question, ask
+from tokenthrift.bench.scenes import COLOURS, NAMES, PLACES, Collection, Scene, draw, lay_out
 from tokenthrift.bench.seeing import blind, evaluate, prompt, questions
 from tokenthrift.models.images import preprocess
 from tokenthrift.models.packs import find, load
@@ -168,54 +169,69 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 def patch_labels(found: Scene) -> Tensor:
-    """For every patch: the item's name (0 none, −100 at its border), its colour (−100 none), row and column."""
-    name = torch.zeros(GRID, GRID, dtype=torch.long)
+    """For every patch: name (the last is nothing; −100 at a border), colour (−100 none), place, row and column."""
+    name = torch.full((GRID, GRID), len(NAMES))
     colour = torch.full((GRID, GRID), -100)
     for item in found.items:
-        whole = [
-            slice(max(start // PATCH, 0), min(-(-(start + item.side) // PATCH), GRID))
-            for start in (item.top, item.left)
-        ]
+        whole = [slice(start // PATCH, -(-(start + item.side) // PATCH)) for start in (item.top, item.left)]
         name[whole[0], whole[1]] = -100
         inner = [
             slice(round((start + item.side * 0.25) / PATCH), max(round((start + item.side * 0.75) / PATCH), 1))
             for start in (item.top, item.left)
         ]
-        name[inner[0], inner[1]] = 1 + NAMES.index(item.name)
+        name[inner[0], inner[1]] = NAMES.index(item.name)
         colour[inner[0], inner[1]] = item.colour
     rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    return torch.stack([name, colour, rows, columns]).flatten(1)
+    place = 3 * ((rows + 0.5) * 3 / GRID).long() + ((columns + 0.5) * 3 / GRID).long()
+    for item in found.items:  # what sticks out of a place still belongs to it
+        part = (colour != -100) & (name == NAMES.index(item.name))
+        y, x = (torch.arange(GRID) * PATCH + PATCH // 2 for _ in range(2))
+        inside = ((y >= item.top) & (y < item.top + item.side))[:, None] & (
+            (x >= item.left) & (x < item.left + item.side)
+        )
+        place[part & inside] = item.place
+    return torch.stack([name, colour, place, rows, columns]).flatten(1)
 
 
-def align(model: Any, features: np.memmap, scenes: list[Scene], steps: int, log: Any) -> None:
-    """The projector learns to tell, patch by patch, what is there and where it is. The heads are thrown away."""
-    projector = model.model.multi_modal_projector
-    heads = nn.Linear(model.config.text_config.hidden_size, 1 + len(NAMES) + len(COLOURS) + 2 * GRID)
-    sizes = [1 + len(NAMES), len(COLOURS), GRID, GRID]
-    optimizer = torch.optim.AdamW([*projector.parameters(), *heads.parameters()], 2e-3, weight_decay=0.01)
+def align(model: Any, tokenizer: Any, features: np.memmap, scenes: list[Scene], steps: int, log: Any) -> None:
+    """The projector learns to say, patch by patch, what is there and where, in the decoder's own words.
+
+    A patch's vector is to be near the embeddings of its words; the exact row and column are told by two linear layers
+    that are thrown away.
+    """
+    projector, embed = model.model.multi_modal_projector, model.get_input_embeddings()
+
+    def ids(words: Sequence[str]) -> Tensor:
+        return torch.tensor([tokenizer(word, add_special_tokens=False)["input_ids"] for word in words])
+
+    places = [torch.tensor(tokenizer(place, add_special_tokens=False)["input_ids"]) for place in PLACES]
+    words = [ids([*NAMES, NOTHING])[:, 0], ids(COLOURS)[:, 0]]
+    exact = nn.Linear(model.config.text_config.hidden_size, 2 * GRID)
+    optimizer = torch.optim.AdamW([*projector.parameters(), *exact.parameters()], 2e-3, weight_decay=0.01)
     labels = torch.stack([patch_labels(one) for one in scenes])
     rng = random.Random("align")
-    weight = torch.ones(sizes[0])
-    weight[0] = 0.2  # most patches show no item
+    weight = torch.ones(len(NAMES) + 1)
+    weight[-1] = 0.2  # most patches show no item
+    table = embed.weight.detach()
+    heads = [table[some] for some in words] + [torch.stack([table[place].sum(0) for place in places])]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
         chosen = rng.sample(range(len(features)), 8)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
-        parts = heads(projector(x)).flatten(0, 1).split(sizes, dim=-1)
+        vectors = projector(x).flatten(0, 1)
+        parts = [*(vectors @ head.T for head in heads), *exact(vectors).split(GRID, dim=-1)]
         target = labels[chosen].transpose(0, 1).flatten(1)
         losses = [
             nn.functional.cross_entropy(part, aim, weight=weight if i == 0 else None)
             for i, (part, aim) in enumerate(zip(parts, target, strict=True))
         ]
         optimizer.zero_grad()
-        sum(losses).backward()  # type: ignore[union-attr]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            shown = dict(
-                zip(("name", "colour", "row", "column"), (round(loss.item(), 3) for loss in losses), strict=True)
-            )
-            log({"align": step, **shown})
+            kinds = ("name", "colour", "place", "row", "column")
+            log({"align": step} | {kind: round(loss.item(), 3) for kind, loss in zip(kinds, losses, strict=True)})
 
 
 def normalised(model: Any, features: np.memmap) -> tuple[Tensor, Tensor]:
@@ -296,7 +312,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         step, seconds = state["step"], state["seconds"]
     else:
         began = time.monotonic()
-        align(model, features, scenes, args.align, log)
+        align(model, tokenizer, features, scenes, args.align, log)
         seconds = time.monotonic() - began
     model.train()
     began, saved, losses = time.monotonic(), time.monotonic(), []
