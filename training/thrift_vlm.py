@@ -3,7 +3,7 @@
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
 `train` first teaches the projector to tell what a patch shows and where it is (temporary heads, minutes), then trains
 projector and decoder on answers. All questions about one image are one sequence: each sees the image and itself and
-no other question, and all begin at the same position, so the image is computed once for about 28 of them.
+no other question, and all begin at the same position, so the image is computed once for about 30 of them.
 `export` writes the weights into the package, answers the held-out questions and writes the model card.
 
 Every command goes on where it was interrupted, and ends by itself after --hours. It lives outside the package, since
@@ -17,6 +17,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 from safetensors.torch import save_file
 from scene_data import ITEMS, collections
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from vlm_card import card
 from vlm_parts import LAYER, encoder, new_model, new_tokenizer
 
-from tokenthrift.bench.scene_questions import Question, ask
-from tokenthrift.bench.scenes import COLOURS, NAMES, Collection, Scene, draw, lay_out
+from tokenthrift.bench.scene_questions import NOTHING, Question, ask
+from tokenthrift.bench.scenes import COLOURS, NAMES, PLACES, Collection, Scene, draw, lay_out
 from tokenthrift.bench.seeing import blind, evaluate, prompt, questions
 from tokenthrift.models.images import preprocess
 from tokenthrift.models.packs import find, load
@@ -88,104 +90,148 @@ class Packed:
             self.cached[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.cached[text]
 
-    def __call__(self, questions: list[list[Question]]) -> dict[str, Tensor]:
-        """Text after the image: ids, positions, group numbers (−1: padding), labels (−100: not an answer)."""
-        rows = []
-        for asked in questions:
-            ids, positions, groups, labels = [], [], [], []
-            for number, question in enumerate(asked):
-                before = self.ids(prompt(question.text, image=False))
-                after = [*self.ids(question.answer), self.tokenizer.eos_token_id]
-                text = before + after[:-1]
-                ids += text
-                positions += range(1 + GRID * GRID, 1 + GRID * GRID + len(text))
-                groups += [number] * len(text)
-                labels += [-100] * (len(before) - 1) + after
-            rows.append((ids, positions, groups, labels))
-        length = max(len(row[0]) for row in rows)
-        fills = (self.pad, 0, -1, -100)
-        names = ("ids", "positions", "groups", "labels")
-        return {
-            name: torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
-            for i, (name, fill) in enumerate(zip(names, fills, strict=True))
-        }
+    def __call__(self, rows: list[list[Question]]) -> dict[str, Tensor]:
+        """Text after the image, (rows, questions, length): ids, and labels (−100: not a word of an answer)."""
+        pairs = [[self._pair(question) for question in asked] for asked in rows]
+        most = max(map(len, pairs))
+        length = max(len(ids) for row in pairs for ids, _ in row)
+        found = {}
+        for name, part, fill in (("ids", 0, self.pad), ("labels", 1, -100)):
+            table = torch.full((len(rows), most, length), fill)
+            for r, row in enumerate(pairs):
+                for q, pair in enumerate(row):
+                    table[r, q, : len(pair[part])] = torch.tensor(pair[part])
+            found[name] = table
+        return found
+
+    def _pair(self, question: Question) -> tuple[list[int], list[int]]:
+        before = self.ids(prompt(question.text, image=False))
+        after = [*self.ids(question.answer), self.tokenizer.eos_token_id]
+        return before + after[:-1], [-100] * (len(before) - 1) + after
 
 
 def forward(model: Any, features: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and labels of the answers' tokens, and which question each belongs to (row · 1000 + number)."""
-    decoder, rows = model.model.language_model, len(features)
+    """Logits and labels of the answers' words, and which question each belongs to (row · 1000 + number)."""
+    decoder = model.model.language_model
+    decoder.set_attn_implementation(ATTENTION)
+    rows, most, length = batch["ids"].shape
     seen = model.model.multi_modal_projector(features)
     begin = torch.full((rows, 1), model.config.text_config.bos_token_id)
     embed = decoder.get_input_embeddings()
-    inputs = torch.cat([embed(begin), seen, embed(batch["ids"])], dim=1)
+    inputs = torch.cat([embed(begin), seen, embed(batch["ids"].flatten(1))], dim=1)
     prefix = 1 + seen.shape[1]
-    positions = torch.cat([torch.arange(prefix).expand(rows, -1), batch["positions"]], dim=1)
+    positions = torch.cat([torch.arange(prefix), torch.arange(prefix, prefix + length).repeat(most)])
     hidden = decoder(
-        inputs_embeds=inputs, position_ids=positions, attention_mask=_mask(batch["groups"], prefix), use_cache=False
+        inputs_embeds=inputs,
+        position_ids=positions.expand(rows, -1),
+        use_cache=False,
+        prefix=prefix,
+        length=length,
     ).last_hidden_state[:, prefix:]
-    wanted = batch["labels"] != -100
-    which = torch.arange(rows)[:, None] * 1000 + batch["groups"]
-    return model.lm_head(hidden[wanted]), batch["labels"][wanted], which[wanted]
+    labels = batch["labels"].flatten(1)
+    wanted = labels != -100
+    which = torch.arange(rows)[:, None] * 1000 + torch.arange(most).repeat_interleave(length)
+    return model.lm_head(hidden[wanted]), labels[wanted], which[wanted]
 
 
-def _mask(groups: Tensor, prefix: int) -> Tensor:
-    """Additive (rows, 1, n, n): a question sees the image and what came before in the same question."""
-    rows, length = groups.shape
-    total = prefix + length
-    seen = torch.ones(total, total, dtype=torch.bool).tril().repeat(rows, 1, 1)
-    seen[:, prefix:, prefix:] &= groups[:, :, None] == groups[:, None, :]
-    return torch.zeros(rows, 1, total, total).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    prefix: int,
+    length: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal in the prefix; a question sees the prefix and what came before in itself.
+
+    Nothing else is computed: with a mask over everything two thirds of the work would be thrown away.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    begin = nn.functional.scaled_dot_product_attention(
+        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scaling
+    )
+    q, k, v = (states[:, :, prefix:].unflatten(2, (-1, length)) for states in (query, key, value))
+    own = (q @ k.transpose(-1, -2)).float() * scaling
+    own = own.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), float("-inf"))
+    shared = (q.flatten(2, 3) @ key[:, :, :prefix].transpose(-1, -2)).float() * scaling
+    weights = torch.cat([shared, own.flatten(2, 3)], dim=-1).softmax(-1).to(value.dtype)
+    text = weights[..., :prefix] @ value[:, :, :prefix]
+    text = text + (weights[..., prefix:].unflatten(2, (-1, length)) @ v).flatten(2, 3)
+    return torch.cat([begin, text], dim=2).transpose(1, 2).contiguous(), None
+
+
+ATTENTION = "thrift-vlm-training"
+AttentionInterface.register(ATTENTION, _attention)
 
 
 def patch_labels(found: Scene) -> Tensor:
-    """For every patch: the item's name (0 none, −100 at its border), its colour (−100 none), row and column."""
-    name = torch.zeros(GRID, GRID, dtype=torch.long)
+    """For every patch: name (the last is nothing; −100 at a border), colour (−100 none), place, row and column."""
+    name = torch.full((GRID, GRID), len(NAMES))
     colour = torch.full((GRID, GRID), -100)
     for item in found.items:
-        whole = [
-            slice(max(start // PATCH, 0), min(-(-(start + item.side) // PATCH), GRID))
-            for start in (item.top, item.left)
-        ]
+        whole = [slice(start // PATCH, -(-(start + item.side) // PATCH)) for start in (item.top, item.left)]
         name[whole[0], whole[1]] = -100
         inner = [
             slice(round((start + item.side * 0.25) / PATCH), max(round((start + item.side * 0.75) / PATCH), 1))
             for start in (item.top, item.left)
         ]
-        name[inner[0], inner[1]] = 1 + NAMES.index(item.name)
+        name[inner[0], inner[1]] = NAMES.index(item.name)
         colour[inner[0], inner[1]] = item.colour
     rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    return torch.stack([name, colour, rows, columns]).flatten(1)
+    place = 3 * ((rows + 0.5) * 3 / GRID).long() + ((columns + 0.5) * 3 / GRID).long()
+    for item in found.items:  # what sticks out of a place still belongs to it
+        part = (colour != -100) & (name == NAMES.index(item.name))
+        y, x = (torch.arange(GRID) * PATCH + PATCH // 2 for _ in range(2))
+        inside = ((y >= item.top) & (y < item.top + item.side))[:, None] & (
+            (x >= item.left) & (x < item.left + item.side)
+        )
+        place[part & inside] = item.place
+    return torch.stack([name, colour, place, rows, columns]).flatten(1)
 
 
-def align(model: Any, features: np.memmap, scenes: list[Scene], steps: int, log: Any) -> None:
-    """The projector learns to tell, patch by patch, what is there and where it is. The heads are thrown away."""
-    projector = model.model.multi_modal_projector
-    heads = nn.Linear(model.config.text_config.hidden_size, 1 + len(NAMES) + len(COLOURS) + 2 * GRID)
-    sizes = [1 + len(NAMES), len(COLOURS), GRID, GRID]
-    optimizer = torch.optim.AdamW([*projector.parameters(), *heads.parameters()], 2e-3, weight_decay=0.01)
+def align(model: Any, tokenizer: Any, features: np.memmap, scenes: list[Scene], steps: int, log: Any) -> None:
+    """The projector learns to say, patch by patch, what is there and where, in the decoder's own words.
+
+    A patch's vector is to be near the embeddings of its words; the exact row and column are told by two linear layers
+    that are thrown away.
+    """
+    projector, embed = model.model.multi_modal_projector, model.get_input_embeddings()
+
+    def ids(words: Sequence[str]) -> Tensor:
+        return torch.tensor([tokenizer(word, add_special_tokens=False)["input_ids"] for word in words])
+
+    places = [torch.tensor(tokenizer(place, add_special_tokens=False)["input_ids"]) for place in PLACES]
+    words = [ids([*NAMES, NOTHING])[:, 0], ids(COLOURS)[:, 0]]
+    exact = nn.Linear(model.config.text_config.hidden_size, 2 * GRID)
+    optimizer = torch.optim.AdamW([*projector.parameters(), *exact.parameters()], 2e-3, weight_decay=0.01)
     labels = torch.stack([patch_labels(one) for one in scenes])
     rng = random.Random("align")
-    weight = torch.ones(sizes[0])
-    weight[0] = 0.2  # most patches show no item
+    weight = torch.ones(len(NAMES) + 1)
+    weight[-1] = 0.2  # most patches show no item
+    table = embed.weight.detach()
+    heads = [table[some] for some in words] + [torch.stack([table[place].sum(0) for place in places])]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
         chosen = rng.sample(range(len(features)), 8)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
-        parts = heads(projector(x)).flatten(0, 1).split(sizes, dim=-1)
+        vectors = projector(x).flatten(0, 1)
+        parts = [*(vectors @ head.T for head in heads), *exact(vectors).split(GRID, dim=-1)]
         target = labels[chosen].transpose(0, 1).flatten(1)
         losses = [
             nn.functional.cross_entropy(part, aim, weight=weight if i == 0 else None)
             for i, (part, aim) in enumerate(zip(parts, target, strict=True))
         ]
         optimizer.zero_grad()
-        sum(losses).backward()  # type: ignore[union-attr]
+        torch.stack(losses).sum().backward()
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
-            shown = dict(
-                zip(("name", "colour", "row", "column"), (round(loss.item(), 3) for loss in losses), strict=True)
-            )
-            log({"align": step, **shown})
+            kinds = ("name", "colour", "place", "row", "column")
+            log({"align": step} | {kind: round(loss.item(), 3) for kind, loss in zip(kinds, losses, strict=True)})
 
 
 def normalised(model: Any, features: np.memmap) -> tuple[Tensor, Tensor]:
@@ -266,7 +312,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         step, seconds = state["step"], state["seconds"]
     else:
         began = time.monotonic()
-        align(model, features, scenes, args.align, log)
+        align(model, tokenizer, features, scenes, args.align, log)
         seconds = time.monotonic() - began
     model.train()
     began, saved, losses = time.monotonic(), time.monotonic(), []
@@ -277,8 +323,9 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         chosen = rng.sample(range(len(features)), args.batch)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
         asked = [ask(scenes[i], rng, args.each) for i in chosen]
-        logits, labels, _ = forward(model, x, packed(asked))
-        loss = nn.functional.cross_entropy(logits, labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
+            logits, labels, _ = forward(model, x, packed(asked))
+        loss = nn.functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -365,17 +412,18 @@ def main() -> None:
     parser.add_argument("--items", type=Path, default=ITEMS, help="folder with Fashion-MNIST's files")
     parser.add_argument("--hours", type=float, default=3.0, help="stop after so long; the same command goes on")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--images", type=int, default=7000, help="scenes to train on")
+    parser.add_argument("--images", type=int, default=6000, help="scenes to train on")
     parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--align", type=int, default=1200, help="steps of the projector by itself")
-    parser.add_argument("--warm", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--each", type=int, default=4, help="questions of every kind, an image")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--align", type=int, default=600, help="steps of the projector by itself")
+    parser.add_argument("--warm", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=4, help="images a step")
+    parser.add_argument("--each", type=int, default=6, help="questions of every kind, an image")
+    parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="of the products")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.05)
-    parser.add_argument("--check", type=int, default=250, help="steps between two measurements of accuracy")
+    parser.add_argument("--check", type=int, default=400, help="steps between two measurements of accuracy")
     parser.add_argument("--questions", type=int, default=1200, help="held-out questions at 224 pixels")
     parser.add_argument("--large", type=int, default=120, help="held-out questions at 518 pixels")
     args = parser.parse_args()

@@ -62,11 +62,12 @@ def new_model(tokenizer: Any) -> Any:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        initializer_range=0.04,
+        initializer_range=0.06,  # words of about length 1
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     config = transformers.LlavaConfig(
         vision_config=tower,
@@ -75,7 +76,12 @@ def new_model(tokenizer: Any) -> Any:
         vision_feature_layer=LAYER,
         vision_feature_select_strategy="default",
         image_seq_length=256,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config)
+    model = transformers.LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # at first tokens look at their like: words at the patches that show what they say
+        for layer in model.model.language_model.layers:
+            heads = layer.self_attn.q_proj.weight.unflatten(0, (4, 2, 32))
+            layer.self_attn.k_proj.weight.copy_(heads[:, 0].flatten(0, 1))
+    return model

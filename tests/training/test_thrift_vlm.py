@@ -77,6 +77,7 @@ def test_questions_do_not_see_each_other(tokenizer: Any, monkeypatch: pytest.Mon
     rows = [first, [Question("is there a coat?", "no", "exists")]]  # the second is padded
     features = torch.randn(2, 4, 6)
     logits, labels, which = thrift_vlm.forward(model, features, packed(rows))
+    model.model.language_model.set_attn_implementation("eager")
     done = 0
     for row, asked in enumerate(rows):
         for number, question in enumerate(asked):
@@ -110,12 +111,13 @@ def test_standardised_inputs_fold_into_one_layer() -> None:
 def test_patches_are_labelled_where_the_items_are() -> None:
     for number in range(30):
         scene = lay_out(random.Random(number), held_out())
-        name, colour, row, column = thrift_vlm.patch_labels(scene).reshape(4, 16, 16)
+        name, colour, place, row, column = thrift_vlm.patch_labels(scene).reshape(5, 16, 16)
         assert row[3, 7] == 3 and column[3, 7] == 7
         for item in scene.items:
             x, y = (int(value // 14) for value in item.middle)
-            assert name[y, x] == 1 + NAMES.index(item.name) and colour[y, x] == item.colour
-        assert {int(value) for value in name.unique()} - {-100, 0} == {1 + NAMES.index(i.name) for i in scene.items}
+            assert name[y, x] == NAMES.index(item.name) and colour[y, x] == item.colour
+            assert place[y, x] == item.place
+        assert {int(value) for value in name.unique()} - {-100, 7} == {NAMES.index(i.name) for i in scene.items}
 
 
 def test_scenes_are_the_same_every_time() -> None:
