@@ -80,8 +80,13 @@ def new_model(tokenizer: Any) -> Any:
     )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # at first tokens look at their like: words at the patches that show what they say
+    # At first tokens look at their like (words at the patches that show what they say), and take over what they see.
+    # Otherwise it takes hours until the first question is answered better than blindly.
+    with torch.no_grad():
         for layer in model.model.language_model.layers:
             heads = layer.self_attn.q_proj.weight.unflatten(0, (4, 2, 32))
             layer.self_attn.k_proj.weight.copy_(heads[:, 0].flatten(0, 1))
+            copied = layer.self_attn.v_proj.weight.unflatten(0, (4, 1, 32)).expand(4, 2, 32, 256)
+            layer.self_attn.o_proj.weight.copy_(0.08 * copied.flatten(0, 2).T)
+            layer.mlp.down_proj.weight.mul_(0.1)
     return model
