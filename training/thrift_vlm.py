@@ -228,7 +228,7 @@ def align(model: Any, tokenizer: Any, features: np.memmap, scenes: list[Scene], 
         chosen = rng.sample(range(len(features)), 8)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
         vectors = projector(x).flatten(0, 1)
-        parts = [*(vectors @ head.T for head in heads), *exact(vectors).split(GRID, dim=-1)]
+        parts = [*(vectors @ head.T * head.shape[-1] ** -0.5 for head in heads), *exact(vectors).split(GRID, dim=-1)]
         target = labels[chosen].transpose(0, 1).flatten(1)
         losses = [
             nn.functional.cross_entropy(part, aim, weight=weight if i == 0 else None)
@@ -439,14 +439,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="scenes to train on")
     parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--align", type=int, default=600, help="steps of the projector by itself")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--align", type=int, default=500, help="steps of the projector by itself")
     parser.add_argument(
-        "--few", type=int, default=600, help="steps that see 24 patches an image; then half as many, 64"
+        "--few", type=int, default=1500, help="steps that see 24 patches an image; then half as many, 64"
     )
     parser.add_argument("--warm", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="images a step")
-    parser.add_argument("--each", type=int, default=6, help="questions of every kind, an image")
+    parser.add_argument("--batch", type=int, default=6, help="images a step")
+    parser.add_argument("--each", type=int, default=4, help="questions of every kind, an image")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="of the products")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.05)
