@@ -1,8 +1,8 @@
 """Trains the model pack `thrift-vlm`: python training/thrift_vlm.py encode | train | export --work FOLDER
 
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
-`train` first teaches the projector to tell what a patch shows and where it is (temporary heads, minutes), then trains
-projector and decoder on answers. All questions about one image are one sequence: each sees the image and itself and
+`train` first teaches the projector to say what a patch shows and where it is (minutes), then trains projector and
+decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly. All questions about one image are one sequence: each sees the image and itself and
 no other question, and all begin at the same position, so the image is computed once for about 30 of them.
 `export` writes the weights into the package, answers the held-out questions and writes the model card.
 
