@@ -2,8 +2,9 @@
 
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
 `train` first teaches the projector to say what a patch shows and where it is (minutes), then trains projector and
-decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly. All questions about one image are one sequence: each sees the image and itself and
-no other question, and all begin at the same position, so the image is computed once for about 30 of them.
+decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly.
+All questions about one image are one sequence: each sees the image and itself and no other question, and all begin at
+the same position, so the image is computed once for about 20 of them.
 `export` writes the weights into the package, answers the held-out questions and writes the model card.
 
 Every command goes on where it was interrupted, and ends by itself after --hours. It lives outside the package, since

@@ -59,7 +59,7 @@ of Fashion-MNIST's test split on photographs that were in no training image.
 
 ## How it was trained
 
-{steps:,} steps on {trained:,} scenes ({hours} hours on a shared CPU, the encoding of the images not counted), about 30
+{steps:,} steps on {trained:,} scenes ({hours} hours on a shared CPU, the encoding of the images not counted), about 20
 questions an image and step, drawn anew every time:
 
     python training/thrift_vlm.py encode --work FOLDER --items FASHION_MNIST
