@@ -1,9 +1,10 @@
 """Trains the model pack `thrift-vlm`: python training/thrift_vlm.py encode | train | export --work FOLDER
 
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
-`train` first teaches the projector to tell what a patch shows and where it is (temporary heads, minutes), then trains
-projector and decoder on answers. All questions about one image are one sequence: each sees the image and itself and
-no other question, and all begin at the same position, so the image is computed once for about 30 of them.
+`train` first teaches the projector to say what a patch shows and where it is (minutes), then trains projector and
+decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly.
+All questions about one image are one sequence: each sees the image and itself and no other question, and all begin at
+the same position, so the image is computed once for about 20 of them.
 `export` writes the weights into the package, answers the held-out questions and writes the model card.
 
 Every command goes on where it was interrupted, and ends by itself after --hours. It lives outside the package, since
@@ -110,8 +111,13 @@ class Packed:
         return before + after[:-1], [-100] * (len(before) - 1) + after
 
 
-def forward(model: Any, features: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and labels of the answers' words, and which question each belongs to (row · 1000 + number)."""
+def forward(
+    model: Any, features: Tensor, batch: dict[str, Tensor], kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and labels of the answers' words, and which question each belongs to (row · 1000 + number).
+
+    With `kept`, (rows, n), the features are those of some patches; everything stays at its position.
+    """
     decoder = model.model.language_model
     decoder.set_attn_implementation(ATTENTION)
     rows, most, length = batch["ids"].shape
@@ -120,10 +126,13 @@ def forward(model: Any, features: Tensor, batch: dict[str, Tensor]) -> tuple[Ten
     embed = decoder.get_input_embeddings()
     inputs = torch.cat([embed(begin), seen, embed(batch["ids"].flatten(1))], dim=1)
     prefix = 1 + seen.shape[1]
-    positions = torch.cat([torch.arange(prefix), torch.arange(prefix, prefix + length).repeat(most)])
+    kept = torch.arange(seen.shape[1]).expand(rows, -1) if kept is None else kept
+    end = 1 + (GRID * GRID)
+    text = torch.arange(end, end + length).repeat(most).expand(rows, -1)
+    positions = torch.cat([torch.zeros(rows, 1, dtype=torch.long), 1 + kept, text], dim=1)
     hidden = decoder(
         inputs_embeds=inputs,
-        position_ids=positions.expand(rows, -1),
+        position_ids=positions,
         use_cache=False,
         prefix=prefix,
         length=length,
@@ -220,7 +229,7 @@ def align(model: Any, tokenizer: Any, features: np.memmap, scenes: list[Scene], 
         chosen = rng.sample(range(len(features)), 8)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
         vectors = projector(x).flatten(0, 1)
-        parts = [*(vectors @ head.T for head in heads), *exact(vectors).split(GRID, dim=-1)]
+        parts = [*(vectors @ head.T * head.shape[-1] ** -0.5 for head in heads), *exact(vectors).split(GRID, dim=-1)]
         target = labels[chosen].transpose(0, 1).flatten(1)
         losses = [
             nn.functional.cross_entropy(part, aim, weight=weight if i == 0 else None)
@@ -232,6 +241,17 @@ def align(model: Any, tokenizer: Any, features: np.memmap, scenes: list[Scene], 
         if step % 100 == 0 or step == steps - 1:
             kinds = ("name", "colour", "place", "row", "column")
             log({"align": step} | {kind: round(loss.item(), 3) for kind, loss in zip(kinds, losses, strict=True)})
+
+
+def few(labels: Tensor, count: int, rng: random.Random) -> list[int]:
+    """Numbers of `count` patches: one to three of every item, and others by chance."""
+    name, _, place = labels[:3]
+    chosen: set[int] = set()
+    for where in place[(name >= 0) & (name < len(NAMES))].unique():
+        inside = torch.nonzero((place == where) & (name >= 0) & (name < len(NAMES)))[:, 0].tolist()
+        chosen.update(rng.sample(inside, min(len(inside), rng.randint(1, 3))))
+    others = [n for n in range(GRID * GRID) if n not in chosen]
+    return sorted([*chosen, *rng.sample(others, count - len(chosen))])
 
 
 def normalised(model: Any, features: np.memmap) -> tuple[Tensor, Tensor]:
@@ -323,8 +343,13 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         chosen = rng.sample(range(len(features)), args.batch)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
         asked = [ask(scenes[i], rng, args.each) for i in chosen]
+        kept = None
+        patches = next((n for until, n in ((args.few, 24), (1.5 * args.few, 64)) if step < until), 0)
+        if patches:
+            kept = torch.tensor([few(patch_labels(scenes[i]), patches, rng) for i in chosen])
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-            logits, labels, _ = forward(model, x, packed(asked))
+            logits, labels, _ = forward(model, x, packed(asked), kept)
         loss = nn.functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -415,11 +440,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="scenes to train on")
     parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--align", type=int, default=600, help="steps of the projector by itself")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--align", type=int, default=500, help="steps of the projector by itself")
+    parser.add_argument(
+        "--few", type=int, default=1500, help="steps that see 24 patches an image; then half as many, 64"
+    )
     parser.add_argument("--warm", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="images a step")
-    parser.add_argument("--each", type=int, default=6, help="questions of every kind, an image")
+    parser.add_argument("--batch", type=int, default=6, help="images a step")
+    parser.add_argument("--each", type=int, default=4, help="questions of every kind, an image")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="of the products")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.05)

@@ -62,7 +62,7 @@ def new_model(tokenizer: Any) -> Any:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        initializer_range=0.06,  # words of about length 1
+        initializer_range=0.06,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -80,8 +80,17 @@ def new_model(tokenizer: Any) -> Any:
     )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # at first tokens look at their like: words at the patches that show what they say
-        for layer in model.model.language_model.layers:
+    # At first tokens look at their like (words at the patches that show what they say), and take over what they see.
+    # Otherwise it takes hours until the first question is answered better than blindly.
+    decoder = model.model.language_model
+    with torch.no_grad():
+        # Words as long as what the layers work with, so that training does not move them at once; logits as ever.
+        decoder.embed_tokens.weight.normal_()
+        decoder.norm.weight.fill_(decoder.config.hidden_size**-0.5)
+        for layer in decoder.layers:
             heads = layer.self_attn.q_proj.weight.unflatten(0, (4, 2, 32))
             layer.self_attn.k_proj.weight.copy_(heads[:, 0].flatten(0, 1))
+            copied = layer.self_attn.v_proj.weight.unflatten(0, (4, 1, 32)).expand(4, 2, 32, 256)
+            layer.self_attn.o_proj.weight.copy_(0.3 * copied.flatten(0, 2).T)
+            layer.mlp.down_proj.weight.mul_(0.1)
     return model

@@ -124,3 +124,13 @@ def test_scenes_are_the_same_every_time() -> None:
     a, b = (thrift_vlm.scene("train", 5, held_out()) for _ in range(2))
     assert a == b != thrift_vlm.scene("check", 5, held_out())
     assert len(PLACES) == 9 and len(WORDINGS) == 7
+
+
+def test_a_few_patches_show_every_item() -> None:
+    for number in range(30):
+        scene = lay_out(random.Random(number), held_out())
+        labels = thrift_vlm.patch_labels(scene)
+        kept = thrift_vlm.few(labels, 24, random.Random(number))
+        assert len(set(kept)) == 24 and kept == sorted(kept)
+        seen = {(int(labels[0, n]), int(labels[2, n])) for n in kept}
+        assert all((NAMES.index(item.name), item.place) in seen for item in scene.items)
