@@ -220,10 +220,10 @@ _PLACEHOLDER = re.compile(
 )
 _UNIT = (
     r"(?:%|‰|°[CFK]?|[kcmµnd]?m[²³]?|[kmµ]?g|[mcd]?[lL]|[mµn]?s|(?:[kMG]?W|[kMGT]?H)z?|[kMGTP]i?[Bb]?ps|[kKMGTP]i?[Bb]|[kMGT]?Wh"
-    r"|[kKMm]?[VAJNΩ]|[khM]?Pa|[kM]?cal|km/h|m/s|mph|kph|rpm|dpi|px|pt|mi|ft|yd|lbs?|oz|psi|bar|mol|ha|min|hrs?|h|secs?"
-    r"|inch(?:es)?|feet|foot|yards?|miles?|met(?:er|re)s?|kilomet(?:er|re)s?|grams?|kilo(?:gram)?s?|tons?|tonnes?|lit(?:er|re)s?"
-    r"|pounds?|ounces?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|degrees?|percent|per cent|bits?|bytes?|tokens?"
-    r"|euros?|dollars?|cents?|yen|EUR|USD|GBP|JPY|CHF|CNY|INR|thousand|million|billion|trillion|[ap]\.?m\.?|[AP]M)"
+    r"|[kKMm]?[VAJNΩ]|[khM]?Pa|[kM]?cal|km/h|m/s|mph|kph|rpm|dpi|px|pt|mi|ft|yd|lbs?|oz|psi|bar|mol|ha|min|hrs?|h"
+    r"|secs?|inch(?:es)?|feet|foot|yards?|miles?|met(?:er|re)s?|kilomet(?:er|re)s?|grams?|kilo(?:gram)?s?|tons?|tonnes?"
+    r"|lit(?:er|re)s?|pounds?|ounces?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|degrees?|percent|per cent"
+    r"|bits?|bytes?|tokens?|euros?|dollars?|cents?|yen|EUR|USD|GBP|JPY|CHF|CNY|INR|thousand|million|billion|trillion|[ap]\.?m\.?|[AP]M)"
 )
 _MEASURE = re.compile(rf"(?:[ \u00a0\u202f-]?{_UNIT}(?![\w])){{1,2}}|[年月日時时分秒円元个個人次度米克]|公[里斤]")
 _NAME = re.compile(NAME)

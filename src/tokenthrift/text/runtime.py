@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -226,8 +226,9 @@ def _by_chunks(method: Any, view: View, size: int, progress: Callable[[int, int]
     chunks = chunks_of(text, size, view.tokenizer)
     total = chunks[-1][2] if chunks else 0
     for start, end, done in chunks:
-        part = View(**{name: Lazy(lambda name=name: getattr(view, name)) for name in view if name != "text"})
+        part = View(**{part: Lazy(partial(getattr, view, part)) for part in view})
         part.offer("text", text[start:end])
+        part.offer("protected_spans", [])
         asked = Terms(collect=[])
         with under(asked):
             step = method.reduce(part)

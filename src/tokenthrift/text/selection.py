@@ -95,7 +95,7 @@ def best_within(
         rate: the budget.
         tokenizer: defines what a token is.
         protect: spans to keep in any case; those of the policy that the runtime was given when None.
-        fill: False keeps a plain prefix of the ranking, so that a smaller rate keeps a subset of what a larger one keeps.
+        fill: False keeps a plain prefix of the ranking: then a smaller rate keeps a subset of what a larger one keeps.
     """
     terms = _terms.get() or Terms()
     if len(scores) != len(units):
@@ -146,7 +146,8 @@ class _Choice:
         self.owner = _containing(unit, self.start)
         self.held = _containing(shell, self.start) >= 0
         inside = self.held | (self.owner >= 0)
-        self.start, self.end, self.owner, self.held = (x[inside] for x in (self.start, self.end, self.owner, self.held))
+        self.start, self.end = self.start[inside], self.end[inside]
+        self.owner, self.held = self.owner[inside], self.held[inside]
         self.tokens = _tokens_of(text, self.start, tokenizer)
         # The pieces of each unit that are up to the scores: a slice of this order.
         free = np.flatnonzero(~self.held)
@@ -167,7 +168,10 @@ class _Choice:
             self.note = "all of the text is protected: it is returned unchanged"
             return [(0, len(self.text))]
         if protected > target:
-            self.note = f"the protected spans alone have {protected} tokens, more than the {target} asked for: only they are kept"
+            self.note = (
+                f"the protected spans alone have {protected} tokens, more than the {target} asked for: "
+                "only they are kept"
+            )
             return self._result()
         fits, size = self._longest_prefix(ranking, target, protected)
         self._keep(ranking[:fits])
