@@ -137,13 +137,21 @@ def test_a_tokenizer_that_cannot_point_is_enough() -> None:
 
 
 def test_protected_spans_are_kept_first_and_units_are_divided_at_them() -> None:
-    text = "The meeting is on Monday. The rent is 310,000 euros a year. Nobody came. Bring cake."
-    units = sentences(text)
-    with under(Terms(Protection.of("number"))):
-        kept = join(text, best_within(text, units, [0, 0, 1, 2], 0.35, tokenizer()))
-    assert " 310,000 euros" in kept
+    text = "The meeting is on Monday. Look at https://example.org/c for the rent. Nobody came. Bring cake."
+    with under(Terms(Protection.of("url"))):
+        kept = join(text, best_within(text, sentences(text), [0, 0, 1, 2], 0.4, tokenizer()))
+    assert kept.startswith(" https://example.org/c ")
     assert kept.endswith("Bring cake.")
     assert "Monday" not in kept and "rent" not in kept
+
+
+def test_numbers_stay_in_what_is_kept_of_a_sentence_and_go_with_the_whole_of_it() -> None:
+    text = "The meeting is on Monday. The rent is 310,000 euros a year. Nobody came. Bring cake."
+    with under(Terms(Protection.of("number"))):
+        whole = join(text, best_within(text, sentences(text), [0, 0, 1, 2], 0.35, tokenizer()))
+        parts = join(text, best_within(text, words(text), [0] * len(words(text)), 0.35, tokenizer()))
+    assert "310,000" not in whole
+    assert " 310,000 euros" in parts
 
 
 def test_protected_spans_win_over_the_budget_and_that_is_said() -> None:

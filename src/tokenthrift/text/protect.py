@@ -6,14 +6,14 @@ Every finder takes time linear in the length of the text, whatever the text.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.errors import ThriftError, did_you_mean
 from ..ops.tokens import Span
-from .spans import FENCE, NAME, SOLID
+from .spans import FENCE, NAME, SOLID, sentences
 
 
 class Protected(NamedTuple):
@@ -75,6 +75,81 @@ class Protection:
             else:
                 out.append(span)
         return out
+
+
+def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> list[Protected]:
+    """What a choice among these units has to keep: all but what belongs to a sentence that is one unit.
+
+    A number, a negation or a quote means something in its sentence only. Where whole sentences are kept or dropped it
+    goes with its own; where less is dropped than a sentence, it stays.
+    """
+    if not any(p.kind in OF_A_SENTENCE for p in protected):
+        return list(protected)
+    starts, ends = zip(*sentences(text), strict=True)
+    first, last = set(starts), set(ends)
+    begins = [start for start, _ in units]
+    out = []
+    for p in protected:
+        at = bisect_right(begins, p.start) - 1
+        unit = units[at] if at >= 0 else (0, 0)
+        if p.kind not in OF_A_SENTENCE or p.end > unit[1] or unit[0] not in first or unit[1] not in last:
+            out.append(p)
+    return out
+
+
+def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> list[Protected]:
+    """The protected spans that did not survive: they are not in one piece in what was kept, though they should be.
+
+    What belongs to a sentence need not survive where nothing of the sentence did but other protected spans.
+
+    Args:
+        text: the text before.
+        protected: its protected spans, in order.
+        kept: what was kept of it: spans in order.
+    """
+    starts = [start for start, _ in kept]
+    out = []
+    for p in protected:
+        at = bisect_right(starts, p.start) - 1
+        if at < 0 or p.end > kept[at][1]:
+            out.append(p)
+    if not any(p.kind in OF_A_SENTENCE for p in out):
+        return out
+    bounds = sentences(text)
+    begins = [start for start, _ in bounds]
+    structure = with_white_space(text, (p for p in protected if p.kind not in OF_A_SENTENCE))
+    others = _without(kept, structure)
+    other_ends = [end for _, end in others]
+
+    def is_gone(p: Protected) -> bool:
+        """Whether nothing else of its sentence (or sentences) was kept."""
+        start, end = bounds[bisect_right(begins, p.start) - 1][0], bounds[bisect_left(begins, p.end) - 1][1]
+        at = bisect_right(other_ends, start)
+        while at < len(others) and others[at][0] < end:
+            if text[max(others[at][0], start) : min(others[at][1], end)].strip():
+                return False
+            at += 1
+        return True
+
+    return [p for p in out if p.kind not in OF_A_SENTENCE or not is_gone(p)]
+
+
+def _without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
+    """The spans less the holes; both in order and disjoint."""
+    out: list[Span] = []
+    at = 0
+    for start, end in spans:
+        while at < len(holes) and holes[at][1] <= start:
+            at += 1
+        hole = at
+        while hole < len(holes) and holes[hole][0] < end:
+            if start < holes[hole][0]:
+                out.append((start, holes[hole][0]))
+            start = holes[hole][1]
+            hole += 1
+        if start < end:
+            out.append((start, end))
+    return out
 
 
 def with_white_space(text: str, spans: Iterable[Protected]) -> list[Span]:
@@ -291,9 +366,12 @@ KINDS: dict[str, Callable[[str], Iterable[Span]]] = {
 }
 """Finders by the name of what they find."""
 
+OF_A_SENTENCE = ("number", "negation", "quote")
+"""Kinds that mean something in their sentence only: they go where whole sentences go."""
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "default": tuple(KINDS),
     "all": tuple(KINDS),
-    "structure": tuple(k for k in KINDS if k not in ("number", "negation", "quote")),
+    "structure": tuple(k for k in KINDS if k not in OF_A_SENTENCE),
     "none": (),
 }

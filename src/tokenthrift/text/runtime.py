@@ -18,7 +18,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from ..ops.tokens import Span, token_spans
 from .compressed import CompressedText
-from .protect import Protected, Protection, with_white_space
+from .protect import Protected, Protection, missing, with_white_space
 from .selection import Terms, best_within, under
 from .spans import bridges, join, map_to_spans, merged, sentences, spans_to_map, words
 
@@ -75,7 +75,7 @@ def compress_text(
     whole: TokenMap | None = None
     for method in methods:
         terms.text = view.text
-        view.offer("protected_spans", Lazy(lambda: [(start, end) for start, end, _ in terms.spans]))
+        view.offer("protected_spans", list(terms.spans))
         view.require(method.info.needs)
         for need in method.info.needs:
             getattr(view, need)  # models load before the clock runs
@@ -163,14 +163,16 @@ def _mended(text: str, kept: list[Span], protected: list[Protected], notes: list
         notes.append("the method changed the order of the text")
     if text.strip() and not join(text, kept).strip():
         return kept, "the method kept nothing"
-    missing = [p for p, at in zip(protected, _places(protected, sorted(kept)), strict=True) if at is None]
-    if not missing:
+    lost = missing(text, protected, sorted(kept))
+    if not lost:
         return kept, None
     if not in_order:
-        return kept, f"{len(missing)} protected spans did not survive"
-    kept = bridges(text, _union(kept, with_white_space(text, missing)))
-    notes.append(f"{len(missing)} protected spans were added to what the method kept")
-    return kept, None
+        return kept, f"{len(lost)} protected spans did not survive"
+    mended = bridges(text, _union(kept, with_white_space(text, lost)))
+    notes.append(f"{len(lost)} protected spans were added to what the method kept")
+    if missing(text, protected, merged(mended)):
+        return kept, "protected spans did not survive"
+    return mended, None
 
 
 def _union(one: Iterable[Span], other: Iterable[Span]) -> list[Span]:

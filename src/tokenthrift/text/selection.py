@@ -14,7 +14,7 @@ import numpy as np
 from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, count_tokens, token_spans
-from .protect import Protected, Protection, with_white_space
+from .protect import Protected, Protection, held, with_white_space
 from .spans import bridges, join
 
 
@@ -81,8 +81,9 @@ def best_within(
     is kept alone. Between words that would touch where something was left out, the white space or mark that stood
     there is kept too, as a span of its own.
 
-    Protected spans are kept first, whatever their units score: units are divided at them. If they alone exceed the
-    budget, they alone are kept, over budget, and the result says so.
+    Protected spans are kept first, whatever their units score: units are divided at them, except that numbers,
+    negations and quotes go with their sentence where that is a unit. If the protected spans alone exceed the budget,
+    they alone are kept, over budget, and the result says so.
 
     The text is tokenised as a whole a few times only: every unit's cost is read off the first tokenisation, the length
     of the ranking is found by interpolation between true counts, and single units are added by counting their
@@ -110,7 +111,7 @@ def best_within(
         return list(units)
 
     if protect is None:
-        shells = with_white_space(text, terms.protected(text))
+        shells = with_white_space(text, held(text, terms.protected(text), units))
     else:
         shells = with_white_space(text, [Protected(a, b, "") for a, b in sorted(protect)])
     choice = _Choice(text, units, shells, tokenizer, terms.count)

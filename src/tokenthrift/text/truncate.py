@@ -10,8 +10,9 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.tokens import Span, token_spans
+from .protect import OF_A_SENTENCE, missing
 from .selection import best_within
-from .spans import spans_to_map, words
+from .spans import merged, spans_to_map, words
 
 
 @method("truncate", stage="text", paper="baseline: plain truncation", needs=("text", "tokenizer"))
@@ -44,7 +45,7 @@ class Truncate:
         if target == len(tokens):
             return spans_to_map([(0, len(text))], len(text))
 
-        if view.protected_spans:
+        if "protected_spans" in view and view.protected_spans:
             return spans_to_map(self._around(view, text), len(text))
 
         at_end = {"head": 0, "tail": target, "middle": target // 2}[self.where]
@@ -63,4 +64,11 @@ class Truncate:
         units = words(text)
         n = len(units)
         near = {"head": range(n, 0, -1), "tail": range(n), "middle": [abs(2 * i - n + 1) for i in range(n)]}[self.where]
-        return best_within(text, units, near, self.rate, view.tokenizer, fill=False)
+        stays = [p for p in view.protected_spans if p.kind not in OF_A_SENTENCE]
+        for _ in range(3):  # what the cut tears out of its sentence stays, which moves the cut
+            spans = [(start, end) for start, end, _ in stays]
+            kept = best_within(text, units, near, self.rate, view.tokenizer, protect=spans, fill=False)
+            if not (lost := missing(text, view.protected_spans, merged(kept))):
+                break
+            stays = sorted([*stays, *lost])
+        return kept
