@@ -78,8 +78,8 @@ def best_within(
     As many units of the ranking as fit, then the best of the others that still fit into what is left, so that less than
     one unit of the budget is unused. The count is that of the text that results, made by the tokenizer itself: joining
     units can change how they are tokenised. Of equal scores the earlier unit is kept. Where no unit fits, the best one
-    is kept alone. Between words that would touch where something was left out, the white space or mark that stood
-    there is kept too, as a span of its own.
+    is kept alone. What keeps units apart where something was left out is kept too, as spans of their own
+    (``spans.bridges``).
 
     Protected spans are kept first, whatever their units score: units are divided at them, except that numbers,
     negations and quotes go with their sentence where that is a unit. If the protected spans alone exceed the budget,
