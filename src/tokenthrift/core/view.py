@@ -34,6 +34,8 @@ class View:
     ``importance``   prefill                            ``(batch, tokens)``, attention received from all queries, summed
                                                         over heads and over the layers so far; ``lengths`` ``(batch,)``
                                                         the real tokens that the prompt had
+    ``visual``       prefill                            ``(batch, tokens)`` bool, those that stand for images;
+                                                        ``visual_lengths`` ``(batch,)`` how many the prompt had
     ``again``        cache                              whether what an earlier call kept is reduced once more; the
                                                         tokens are then cache entries, there are no ``positions``, and
                                                         ``queries`` and ``rotary`` are those of the last tokens, as many

@@ -1,0 +1,1 @@
+"""Connector stage: which visual tokens the language model gets, and what they are merged into."""
