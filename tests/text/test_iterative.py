@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ BUDGET = np.load(GOLDEN / "llmlingua_context_budget.npz")
 def surprise(ids: list[int], last: int) -> Tensor:
     """The stub of the golden file: a state that halves with every token, plus a row of a table."""
     state, losses = torch.zeros(40), []
-    for token, following in zip(ids, ids[1:], strict=False):
+    for token, following in pairwise(ids):
         state = 0.5 * state + TABLE[token]
         losses.append(cross_entropy(state, torch.tensor(following)))
     return torch.stack(losses)[len(losses) - last :]

@@ -20,7 +20,7 @@ from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.spans import disjoint, join, phrases, sentences, words
 from tokenthrift.text.truncate import Truncate
 
-from .tiny import PROSE, HashingEmbedder, scorer, tokenizer
+from .tiny import PROSE, HashingEmbedder, classifier, scorer, tokenizer
 
 UNITS = {
     "truncate": words,
@@ -34,6 +34,8 @@ UNITS = {
     "selective_context(context=document)": phrases,
     "embedding_sentences": sentences,
     "llmlingua": words,
+    "llmlingua2": words,
+    "llmlingua2(by=first)": words,
     "longllmlingua": lambda text: Units.of(text, split_documents(text, "\n\n")).spans,
 }
 STEPWISE = ("llmlingua", "longllmlingua")
@@ -48,6 +50,8 @@ RATES = st.floats(0.01, 1) | st.integers(1, 40)
 
 def run(call: str, text: str, question: str | None = None, **params: Any) -> CompressedText:
     step = next(iter(Plan.parse(call)))
+    if step.name == "llmlingua2":
+        params["model"] = classifier()
     method = step.info.make(**{**step.params, **params})
     return compress_text([method], text, question, tokenizer(), Lazy(scorer), HashingEmbedder())
 

@@ -214,7 +214,7 @@ def as_the_authors(
     longest = view.scorer.reading().limit
     if longest is not None and len(question) + len(ids) > longest:
         raise ThriftError(
-            f"compat='llmlingua' reads {longest} tokens at once, this text has {len(ids)}: leave compat out, or shorten it"
+            f"compat='llmlingua' reads {longest} tokens at once, this text has {len(ids)}: leave compat out"
         )
     schedule = authors_schedule([lengths[i] + 2 for i in chosen], target, method.size, [changes[i] for i in chosen])
     whole = [*question, *ids]
