@@ -44,7 +44,7 @@ def test_the_authors_decisions(case: dict[str, Any]) -> None:
         keep = [t == 13 and 13 in (*ids[max(i - 1, 0) : i], *ids[i + 1 : i + 2]) for i, t in enumerate(ids)]
     alone = surprise if case["condition_compare"] else None
     left = authors_kept(ids, schedule, size, surprise, start=start, alone=alone, keep=keep)
-    assert [ids[i] for i in left] == FILE[f"{case['name']}_out"].tolist()
+    assert [ids[start + i] for i in left] == FILE[f"{case['name']}_out"].tolist()
 
 
 def test_the_authors_threshold() -> None:

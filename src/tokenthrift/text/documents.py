@@ -114,8 +114,8 @@ def rate_changes(used: Sequence[int], spread: float) -> dict[int, float]:
 def reordered(kept: Sequence[Span], documents: Sequence[Span], order: Sequence[int]) -> list[Span]:
     """What is kept, with the documents in another order: no character is written or used twice.
 
-    The gaps that are kept stay where they are, one after each document: the first stands behind the document that is
-    first now.
+    A document brings the gap before it along. The one that is first now gives its gap to the text's first document,
+    which has none.
 
     Args:
         kept: spans in the order of the text; none holds parts of a document and of a gap.
@@ -124,20 +124,17 @@ def reordered(kept: Sequence[Span], documents: Sequence[Span], order: Sequence[i
     """
     starts = [start for start, _ in documents]
     bodies: dict[int, list[Span]] = {}
-    gaps: list[Span] = []
+    gaps: dict[int, list[Span]] = {}
     for span in kept:
         i = max(bisect_right(starts, span[0]) - 1, 0)
         if span[0] < documents[i][1]:
             bodies.setdefault(i, []).append(span)
         else:
-            gaps.append(span)
+            gaps.setdefault(i + 1, []).append(span)
     order = [i for i in order if i in bodies]
-    out: list[Span] = []
-    for place, i in enumerate(order):
-        out += bodies[i]
-        if place < len(order) - 1:
-            out += gaps[place : place + 1]
-    return out
+    if not order:
+        return []
+    return bodies[order[0]] + [span for i in order[1:] for span in (gaps.get(i or order[0], []) + bodies[i])]
 
 
 def gaps_between(documents: Sequence[Span]) -> list[Span]:

@@ -157,4 +157,4 @@ def authors_kept(
             ids = [i for i, m in zip(ids, mask.tolist(), strict=True) if m]
             left = [i for i, m in zip(left, mask.tolist(), strict=True) if m]
             end += size - int((~mask[:end]).sum())
-    return left[start:]
+    return [i - start for i in left[start:]]

@@ -60,7 +60,7 @@ class LLMLingua:
         documents = split_documents(view.text, self.separator)
         ranking = list(range(len(documents)))
         if len(documents) > 1:
-            ranking = by_perplexity(view, documents)
+            ranking = by_perplexity(view, documents, self.compat == "llmlingua")
         if self.compat == "llmlingua":
             reading = view.scorer.reading(start=False)
             return as_the_authors(view, self, documents, ranking, "original", 0.0, reading.surprise)
@@ -77,17 +77,12 @@ def check(method: Any, name: str) -> None:
         raise ThriftError(f"{name} needs size of at least 2 and spare of at least 0")
 
 
-def by_perplexity(view: View, documents: Sequence[Span]) -> list[int]:
-    """The documents, the one that the scorer finds hardest to guess first."""
-    total, count = [0.0] * len(documents), [0] * len(documents)
-    starts = iter([*(start for start, _ in documents[1:]), len(view.text) + 1])
-    document, border = -1, documents[0][0]
-    for start, _, nats in view.scorer.self_information(view.text, documents):
-        while start >= border:
-            document, border = document + 1, next(starts)
-        total[document] += nats
-        count[document] += 1
-    return sorted(range(len(documents)), key=lambda i: -total[i] / max(count[i], 1))
+def by_perplexity(view: View, documents: Sequence[Span], exact: bool = False) -> list[int]:
+    """The documents, the one that the scorer finds hardest to guess first; ``exact``: without their first tokens."""
+    scorer = view.scorer
+    encoded = encode(scorer.tokenizer, [view.text[start:end] for start, end in documents])
+    nats = [scorer.reading(start=not exact).surprise(ids, len(ids) - exact) for ids, _ in encoded]
+    return sorted(range(len(documents)), key=lambda i: -float(nats[i].mean()))
 
 
 def coarse_to_fine(
@@ -173,9 +168,9 @@ def _selected(
     asked: Any = method.rate
     while True:
         kept = best_within(text, units.spans, scores, asked, tokenizer)
-        while len(kept) > 1 and kept[0] in gaps:
-            kept = kept[1:]  # a gap with nothing before it
         if order is None:
+            while len(kept) > 1 and kept[0] in gaps:
+                kept = kept[1:]  # a gap with nothing before it
             return spans_to_map(kept, len(text))
         unused = [i for i in range(len(documents)) if i not in order]
         moved = reordered(kept, documents, [*order, *unused])
@@ -195,10 +190,10 @@ def as_the_authors(
     order: str,
     spread: float,
     surprise: Surprise,
-    question: Sequence[int] = (),
+    question: str = "",
     alone: Surprise | None = None,
 ) -> TokenMap:
-    """Documents and tokens as the authors' code chooses them, of a question that stands in front of the documents."""
+    """Documents and tokens as the authors' code chooses them, read behind a question where there is one."""
     text, tokenizer = view.text, view.scorer.tokenizer
     lengths = [len(ids) for ids, _ in encode(tokenizer, [text[a:b] for a, b in documents])]
     budget = Budget.of(method.rate)
@@ -207,17 +202,15 @@ def as_the_authors(
     changes = rate_changes(used, spread) if len(documents) > 1 else {0: 0.0}
     chosen = arranged(used, order)
     everything = sorted([*documents, *gaps_between(documents)])
-    arrangement = spans_to_map(reordered(everything, documents, chosen), len(text))
     pieces = reordered(everything, documents, chosen)
 
-    ids, spans = encode(tokenizer, [join(text, pieces)])[0]
+    # The question is tokenised together with what follows it: white space between them may change its tokens.
+    ids, spans = encode(tokenizer, [question + join(text, pieces)])[0]
+    start = sum(end <= len(question) for _, end in spans)
     longest = view.scorer.reading().limit
-    if longest is not None and len(question) + len(ids) > longest:
-        raise ThriftError(
-            f"compat='llmlingua' reads {longest} tokens at once, this text has {len(ids)}: leave compat out"
-        )
+    if longest is not None and len(ids) > longest:
+        raise ThriftError(f"compat='llmlingua' reads {longest} tokens at once, here are {len(ids)}: leave compat out")
     schedule = authors_schedule([lengths[i] + 2 for i in chosen], target, method.size, [changes[i] for i in chosen])
-    whole = [*question, *ids]
-    left = authors_kept(whole, schedule, method.size, surprise, start=len(question), alone=alone)
-    kept = disjoint(spans[i - len(question)] for i in left)
-    return arrangement.then(spans_to_map(kept, len(join(text, pieces))))
+    left = authors_kept(ids, schedule, method.size, surprise, start=start, alone=alone)
+    kept = disjoint((max(a - len(question), 0), b - len(question)) for a, b in (spans[start + i] for i in left))
+    return spans_to_map(pieces, len(text)).then(spans_to_map(kept, len(join(text, pieces))))

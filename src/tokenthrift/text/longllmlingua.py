@@ -64,16 +64,19 @@ class LongLLMLingua:
 
     def reduce(self, view: View) -> TokenMap:
         documents = split_documents(view.text, self.separator)
+        exact = self.compat == "llmlingua"
         ranking = [0]
         if len(documents) > 1:
-            ranking = by_question(view, documents) if view.question else by_perplexity(view, documents)
-        exact = self.compat == "llmlingua"
+            ranking = (by_question if view.question else by_perplexity)(view, documents, exact)
         alone = view.scorer.reading(start=not exact)
         asked = view.scorer.reading(start=not exact)
-        question = _prefix(view, alone.limit) if view.question else []
         if exact:
-            both: dict[str, Any] = {"question": question, "alone": alone.surprise} if question else {}
+            both: dict[str, Any] = (
+                {"question": f"{view.question}\n\n", "alone": alone.surprise} if view.question else {}
+            )
             return as_the_authors(view, self, documents, ranking, self.order, self.spread, asked.surprise, **both)
+
+        question = _prefix(view, alone.limit) if view.question else []
 
         def contrast(ids: list[int], last: int) -> Any:
             return alone.surprise(ids, last) - asked.surprise([*question, *ids], last, fixed=len(question))
@@ -82,15 +85,19 @@ class LongLLMLingua:
         return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, score)
 
 
-def by_question(view: View, documents: list[Span]) -> list[int]:
-    """The documents, the one behind which the question is easiest to guess first."""
+def by_question(view: View, documents: list[Span], exact: bool = False) -> list[int]:
+    """The documents, the one behind which the question is easiest to guess first.
+
+    Args:
+        exact: as in the authors' code, nothing stands before a document.
+    """
     scorer, asked = view.scorer, view.question + ANSWERABLE
     pieces = [view.text[start:end] for start, end in documents]
     encoded = encode(scorer.tokenizer, [piece + asked for piece in pieces])
     surprise = []
     for piece, (ids, spans) in zip(pieces, encoded, strict=True):
         last = sum(end > len(piece) for _, end in spans)
-        surprise.append(float(scorer.reading().surprise(ids, last).mean()))
+        surprise.append(float(scorer.reading(start=not exact).surprise(ids, last).mean()))
     return sorted(range(len(documents)), key=lambda i: surprise[i])
 
 
