@@ -53,9 +53,7 @@ def main() -> None:
     args = parser.parse_args()
 
     scorer = Scorer(*tt.load(args.model))
-    print(
-        "| method | documents | tokens | rate | theirs keeps | same tokens | compat: ours/theirs | default: ours/theirs |"
-    )
+    print("| method | documents | tokens | rate | theirs keeps | same tokens | compat, time to theirs | default |")
     print("|---|" + "--:|" * 7)
     with tempfile.TemporaryDirectory() as folder:
         peer = Peer(args.peer_python, args.model, Path(folder))

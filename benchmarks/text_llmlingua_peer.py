@@ -1,7 +1,7 @@
 """The llmlingua package as the peer of `text_llmlingua.py`, in an environment of its own.
 
-Jobs come as JSON lines on standard input, results leave as JSON lines. It needs llmlingua==0.2.2 and transformers < 4.48,
-whose cache still looks like tuples. No tiktoken vocabulary is fetched: it is only used to count.
+Jobs come as JSON lines on standard input, results leave as JSON lines. It needs llmlingua==0.2.2 and transformers below
+4.48, whose cache still looks like tuples. No tiktoken vocabulary is fetched: it is only used to count.
 """
 
 from __future__ import annotations

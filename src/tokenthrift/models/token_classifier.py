@@ -39,7 +39,8 @@ class TokenClassifier:
         keep: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if getattr(model.config, "num_labels", 0) <= keep:
+        classifies = hasattr(model, "classifier") or "ForTokenClassification" in type(model).__name__
+        if not classifies or getattr(model.config, "num_labels", 0) <= keep:
             raise ThriftError(f"{type(model).__name__} has no label {keep}: give a token classifier with two labels")
         self.model, self.tokenizer = model, tokenizer
         # RoBERTa-type encoders begin to count positions behind the number of their padding token.
@@ -150,12 +151,7 @@ def load_token_classifier(name: str) -> TokenClassifier:
     Raises:
         ThriftError: there is none of that name, or it classifies something else.
     """
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
+    from .packs import load
 
-    try:
-        model = AutoModelForTokenClassification.from_pretrained(name).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        said = str(error).strip().split("\n")[0]
-        raise ThriftError(f"cannot load the token classifier {name}: {said} Give a folder or a hub id.") from None
+    model, tokenizer = load(name)
     return TokenClassifier(model, tokenizer)
