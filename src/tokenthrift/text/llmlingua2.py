@@ -75,6 +75,9 @@ class LLMLingua2:
         if not 0 < self.document_rate <= 1:
             raise ThriftError(f"llmlingua2 document_rate {self.document_rate} is outside (0, 1]; 1.0 keeps them all")
 
+    def prepare(self, view: View) -> None:
+        self.load()
+
     def load(self) -> TokenClassifier:
         """The classifier; one that was named is loaded on first use."""
         if isinstance(self.model, TokenClassifier):
