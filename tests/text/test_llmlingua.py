@@ -36,7 +36,7 @@ def run(call: str, text: str, question: str | None = None) -> CompressedText:
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
 def test_short_texts_and_last_segments_are_compressed_too(text: str, rate: float) -> None:
     out = run(f"llmlingua(rate={rate}, size=60)", text)
-    assert out.tokens_after <= max(round(out.tokens_before * rate), 3)
+    assert out.tokens_after <= max(out.tokens_before * rate + 0.5, 3)
     assert out.tokens_after >= out.tokens_before * rate - 12
     if text != "Three words only.":
         quarter = [(a, b) for a, b in words(text) if a > len(text) * 0.75]

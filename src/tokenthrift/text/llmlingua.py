@@ -124,7 +124,8 @@ def coarse_to_fine(
     margin = margins([ids[t] for t in read], rates, [unit_of[t] for t in read], size, told)
 
     place = {document: rank for rank, document in enumerate(ranking)}
-    scores = [-1e9 - place[document] for document in units.document]
+    lowest = min([value for value in margin.tolist() if math.isfinite(value)], default=0.0)
+    scores = [lowest - 1 - place[document] for document in units.document]
     for token, value in zip(read, margin.tolist(), strict=True):
         scores[unit_of[token]] = value
     ends_here = set(unit_of)
@@ -156,7 +157,8 @@ def _score_gaps(units: Units, scores: list[float]) -> None:
             best[document] = max(score, best.get(document, -math.inf))
     for unit, (document, gap) in enumerate(zip(units.document, units.gap, strict=True)):
         if gap:
-            scores[unit] = math.nextafter(best.get(document, -math.inf), -math.inf)
+            most = best.get(document, scores[unit])
+            scores[unit] = math.nextafter(most, -math.inf) if math.isfinite(most) else most
 
 
 def _selected(
