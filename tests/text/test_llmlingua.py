@@ -179,3 +179,25 @@ def test_a_fact_among_commonplaces_is_kept() -> None:
 
     text = "The sun rises in the east and sets in the west. The code of the vault is 7-zebra-41."
     assert "7-zebra-41" in compress(text, "llmlingua", rate=0.6).text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "cache=streaming_llm(budget=16)",
+        "cache=knorm(budget=8, every=4)",
+        "prefill=lazy_llm(keep=0.5)",
+        "decode=prompt_lookup()",
+    ],
+)
+@pytest.mark.parametrize("method", ["llmlingua", "selective_context"])
+def test_other_stages_do_not_touch_what_the_scorer_reads(method: str, other: str) -> None:
+    from tokenthrift import apply
+
+    text = f"text={method}(rate=0.5)"
+    with apply(text, language_model(512), tokenizer()) as session:
+        alone = session.compress(PROSE)
+    with apply(f"{text} {other}", language_model(512), tokenizer()) as session:
+        beside = session.compress(PROSE)
+        assert session.report().flops == 0
+    assert beside.kept == alone.kept

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from .attention import OwnCache
 from .decoder import context_length
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Reading:
         self.scorer = scorer
         self.first = first
         # A cache without the model's config keeps every token, in layers with a sliding window too: it can be cut.
-        self._cache = DynamicCache()
+        self._cache = OwnCache()
         self._read: list[int] = []
 
     @property
@@ -57,9 +57,9 @@ class Reading:
             return torch.zeros(0)
         if getattr(self.scorer.model, "_is_stateful", False):
             known = 0  # a recurrent state cannot be cut
-            self._cache = DynamicCache(config=self.scorer.model.config)
+            self._cache = OwnCache(config=self.scorer.model.config)
         elif known == 0:
-            self._cache = DynamicCache()
+            self._cache = OwnCache()
         elif known < len(self._read):
             self._cache.crop(known - len(self._read))  # a negative number says how many tokens go
         device = self.scorer.model.device

@@ -139,10 +139,14 @@ class Scorer:
     def states(self, **inputs: Any) -> Tensor:
         """What :meth:`nats` takes: hidden states where the head is all that follows them, or else logits."""
         if self._head is None:
-            logits: Tensor = self.model.forward(**inputs).logits
-            return logits
+            return self._logits(**inputs)
         hidden: Tensor = self.model.base_model(**inputs)[0]
         return hidden
+
+    def _logits(self, **inputs: Any) -> Tensor:
+        """Of the model's own forward: a session's prefill stage puts another in its place, for the user's prompts."""
+        logits: Tensor = type(self.model).forward(self.model, **inputs).logits
+        return logits
 
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
         """``-ln p`` of each target given its state; only so many logits at a time as :data:`LOGITS` allows."""
@@ -168,7 +172,7 @@ class Scorer:
         if body is self.model:
             return None
         probe = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
-        logits = self.model.forward(input_ids=probe, use_cache=False).logits
+        logits = self._logits(input_ids=probe, use_cache=False)
         plain = head(body(input_ids=probe, use_cache=False)[0])
         return head if torch.allclose(plain.float(), logits.float(), rtol=1e-3, atol=1e-3) else None
 

@@ -147,10 +147,11 @@ def _demote_documents(
     """The words of the documents below the percentile go before all others."""
     starts = [start for start, _ in documents]
     of = [max(bisect_right(starts, end - 1) - 1, 0) for _, end in units]
-    means = [
-        float(np.mean([p for p, document in zip(plain, of, strict=True) if document == i and np.isfinite(p)] or [0.0]))
-        for i in range(len(documents))
-    ]
+    found: list[list[float]] = [[] for _ in documents]
+    for p, document in zip(plain, of, strict=True):
+        if np.isfinite(p):
+            found[document].append(p)
+    means = [float(np.mean(p)) if p else 0.0 for p in found]
     threshold = np.percentile(means, int(100 * (1 - rate)))
     for unit, document in enumerate(of):
         if means[document] < threshold:
