@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...core.errors import ThriftError
+from ...models.packs.quiet import quiet
 from ...models.token_classifier import TokenClassifier, chunks
 from ...ops.tokens import Span, encode
 
@@ -111,8 +112,9 @@ def train(
     model.load_state_dict(best)
     model.train(was_training)
     if out is not None:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        with quiet():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
     kept = torch.cat([torch.tensor([x for x in labels if x != IGNORED]) for _, labels in test]).float().mean().item()
     chosen = accuracies.index(max(accuracies))
     return Report(losses, accuracies, max(kept, 1 - kept), chosen, len(samples) - tested, tested)
@@ -131,8 +133,9 @@ def for_tokens(name: str, seed: int = 0) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     source = pull(name) if name in PACKS else name
     try:
-        model = AutoModelForTokenClassification.from_pretrained(source, num_labels=2)
-        return model, AutoTokenizer.from_pretrained(source)
+        with quiet():
+            model = AutoModelForTokenClassification.from_pretrained(source, num_labels=2)
+            return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         said = str(error).strip().split("\n")[0]
         raise ThriftError(f"cannot train {name}: {said} Give an encoder's pack, folder or hub id.") from None
