@@ -10,9 +10,16 @@ from functools import cache
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tokenthrift.models.scoring import Scorer
+from tokenthrift.models.token_classifier import TokenClassifier
 
 PROSE = """Mr. Hale moved to Lisbon in 1998. He did not like the heat, but he stayed for eleven years!
 The rent was $412.50 a month; his sister Ana paid half of it. "Was it worth it?" she asked him once.
@@ -54,6 +61,23 @@ def language_model(positions: int = 64) -> LlamaForCausalLM:
 @cache
 def scorer() -> Scorer:
     return Scorer(language_model(), tokenizer())
+
+
+@cache
+def classifier(positions: int = 64) -> TokenClassifier:
+    """A random token classifier that shares the tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+        num_labels=2,
+    )
+    return TokenClassifier(BertForTokenClassification(config).eval(), tokenizer())
 
 
 class HashingEmbedder:

@@ -80,6 +80,8 @@ def compress_text(
         for need in method.info.needs:
             getattr(view, need)  # models load before the clock runs
         terms.kept_mass.clear()
+        if hasattr(method, "prepare"):
+            method.prepare(view)  # so do those that a method was given by name
         start = time.perf_counter()
         with under(terms):
             step = method.reduce(view) if chunk is None else _by_chunks(method, view, chunk, progress)
