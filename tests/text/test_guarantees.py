@@ -155,6 +155,14 @@ def test_protected_content_over_the_target_wins() -> None:
     assert "more than the 2 asked for: only they are kept" in out.notes[0]
 
 
+def test_a_target_that_was_missed_is_said() -> None:
+    text = "One sentence that nobody can divide, whatever the rate"
+    out = compress(text, "embedding_sentences", 0.3)
+    assert out.text == text
+    assert out.notes[0].startswith(f"{out.tokens_before} tokens are left, more than the")
+    assert compress(rate=0.5).notes == compress(rate=1.0).notes == ()
+
+
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_an_empty_prompt(text: str) -> None:
     out = compress(text)

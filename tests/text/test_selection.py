@@ -189,6 +189,12 @@ def test_words_never_touch_where_something_was_left_out() -> None:
     assert joined("It", " km") == "It km"
     assert join(text, bridges(text, [(5, 10), (12, 16)])) == " 5 km Then"
     assert joined(" (", "home") == " (home"
+    assert joined("It", " km", ".", " Then") == "It km. Then"
+    code = "Call `a` now (`b`), or `c`;`d`."
+    assert join(code, bridges(code, [(4, 8), (14, 17)])) == " `a` `b`"
+    assert join(code, bridges(code, [(14, 17), (18, 19)])) == "`b`,"
+    assert join(code, bridges(code, [(14, 17), (27, 30)])) == "`b`), `d`"
+    assert bridges("ab日cd", [(0, 2), (3, 5)]) == [(0, 2), (3, 5)]
     assert join("日本語", bridges("日本語", [(0, 1), (2, 3)])) == "日語"
 
 

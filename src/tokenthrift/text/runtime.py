@@ -108,6 +108,9 @@ def compress_text(
         return made.unchanged(f"{max(made.before - after, 0)} tokens would be saved, less than min_saving")
     if max_loss is not None and made.loss is not None and made.loss > max_loss:
         return made.unchanged(f"the predicted loss of {made.loss:.2f} is more than max_loss={max_loss}")
+    target = _target(methods, made.before)
+    if protect is not None and not made.notes and 0 < target < after:
+        made.notes.append(f"{after} tokens are left, more than the {target} asked for")
     return made.compressed(result, kept, after, whole)
 
 

@@ -157,12 +157,19 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 _IN_WORD = re.compile(_LETTER)
 
 
+_OPENS = frozenset("([{«“‘「『（")
+_CLOSES = frozenset(",.;:!?…)]}»”’'\"%。，、；：！？」』）】》")
+_SOLID = re.compile(f"[{SOLID}]")
+_MARKS = re.compile(r"[^\w\s]++\s*+|\s++")
+
+
 def bridges(text: str, spans: Iterable[Span]) -> list[Span]:
     """The spans, in order, with what keeps them apart where something was left out between them.
 
-    The white space before a span stays unless white space comes before it anyway. Where two words would still touch,
-    so does the white space or the mark behind the earlier one. Each is a span of the text. Characters of scripts
-    without spaces may touch, and so may parts of one word.
+    The white space before a span stays unless white space comes before it anyway. Where two spans would still touch, so
+    do the marks and the white space behind the earlier one. Each is a span of the text. Brackets and punctuation may
+    touch the words that they would belong to, characters of scripts without spaces their neighbours, and parts of one
+    word each other.
     """
     out: list[Span] = []
     for start, end in spans:
@@ -173,15 +180,19 @@ def bridges(text: str, spans: Iterable[Span]) -> list[Span]:
                 while blank > left and text[blank - 1].isspace():
                     blank -= 1
                 out.append((blank, start))
-            elif all(map(_IN_WORD.match, (text[left - 1], text[start]))) and not any(
-                map(_IN_WORD.match, (text[left], text[start - 1]))
-            ):
-                stop = left + 1
-                while stop < start and (text[stop].isspace() if text[left].isspace() else text[stop] == text[left]):
-                    stop += 1
-                out.append((left, stop))
+            elif _should_not_touch(text, left, start) and (marks := _MARKS.match(text, left, start)):
+                out.append(marks.span())
         out.append((start, end))
     return out
+
+
+def _should_not_touch(text: str, left: int, start: int) -> bool:
+    """Whether what ends at ``left`` and what begins at ``start`` would read as one."""
+    last, first = text[left - 1], text[start]
+    if first.isspace() or last in _OPENS or first in _CLOSES or _SOLID.match(last) or _SOLID.match(first):
+        return False
+    torn = _IN_WORD.match(first) and _IN_WORD.match(text[start - 1])  # part of a word, as tokens are
+    return not torn and not _IN_WORD.match(text[left])
 
 
 def spans_to_map(spans: Iterable[Span], n_chars: int) -> TokenMap:
