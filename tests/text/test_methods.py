@@ -19,7 +19,7 @@ from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.spans import disjoint, join, phrases, sentences, words
 from tokenthrift.text.truncate import Truncate
 
-from .tiny import PROSE, HashingEmbedder, scorer, tokenizer
+from .tiny import PROSE, HashingEmbedder, language_model, scorer, tokenizer
 
 UNITS = {
     "truncate": words,
@@ -32,7 +32,13 @@ UNITS = {
     ),
     "selective_context(context=document)": phrases,
     "embedding_sentences": sentences,
+    "random_words": words,
+    "bm25_sentences": sentences,
+    "recomp_extractive": sentences,
+    "exit": sentences,
 }
+QUESTIONS = {name: "Who has the keys of the porter?" for name in ("bm25_sentences", "recomp_extractive", "exit")}
+MODELS = {"exit": lambda: {"model": (language_model(2048), tokenizer())}}
 TEXTS = (
     st.text(st.sampled_from("aB1., \n日🙂é\t?"), max_size=40)
     | st.text(max_size=40)
@@ -43,7 +49,9 @@ RATES = st.floats(0.01, 1) | st.integers(1, 40)
 
 def run(call: str, text: str, question: str | None = None, **params: Any) -> CompressedText:
     step = next(iter(Plan.parse(call)))
-    method = step.info.make(**{**step.params, **params})
+    given = MODELS.get(step.name, dict)()
+    method = step.info.make(**{**step.params, **given, **params})
+    question = question or QUESTIONS.get(step.name)
     return compress_text([method], text, question, tokenizer(), Lazy(scorer), HashingEmbedder())
 
 
@@ -100,7 +108,7 @@ def test_a_smaller_rate_keeps_a_subset_and_runs_agree(call: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.5, 1.5, float("nan"), float("inf"), 0, -3, "half", True, None])
-@pytest.mark.parametrize("name", ["truncate", "selective_context", "embedding_sentences"])
+@pytest.mark.parametrize("name", sorted({call.split("(")[0] for call in UNITS}))
 def test_rates_that_are_none(name: str, rate: Any) -> None:
     with pytest.raises(ThriftError):
         find(name, "text").make(rate=rate)

@@ -1,0 +1,46 @@
+"""What methods that score units share: the question, whether anything can be dropped, a limit beside the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.budget import Budget
+from ..core.errors import ThriftError
+from ..core.view import View
+from ..ops.tokens import Span, count_tokens
+from .selection import best_within
+from .spans import join
+
+
+def question_of(view: View, method: str) -> str:
+    """The question.
+
+    Raises:
+        ThriftError: there is none.
+    """
+    question: str | None = view.question
+    if question is None or not question.strip():
+        raise ThriftError(f"{method} keeps what a question needs: give one with question=... (--question)")
+    return question
+
+
+def keeps_all(view: View, units: Sequence[Span], rate: float | int) -> bool:
+    """Whether the budget keeps every unit, so that no model has to be asked; true for a text of one unit."""
+    if len(units) < 2 or Budget.of(rate).ratio == 1:
+        return True
+    total = count_tokens(view.tokenizer, view.text)
+    return Budget.of(rate).tokens(total) >= total
+
+
+def best_of_first(
+    text: str, units: Sequence[Span], scores: Sequence[float], rate: float | int, tokenizer: Any, most: int
+) -> list[Span]:
+    """:func:`best_within`, but no unit that ``most`` others are better than; at least one is kept.
+
+    The limit is told as a budget of tokens, so that whatever else a budget keeps is kept here too.
+    """
+    ranking = sorted(range(len(units)), key=lambda i: (-scores[i], i))
+    first = join(text, [units[i] for i in sorted(ranking[: max(most, 1)])])
+    target = min(Budget.of(rate).tokens(count_tokens(tokenizer, text)), count_tokens(tokenizer, first))
+    return best_within(text, units, scores, max(target, 1), tokenizer)
