@@ -59,7 +59,7 @@ def scorer() -> Scorer:
 class HashingEmbedder:
     """Bag of words: enough to tell which sentence shares words with a question."""
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, texts: Sequence[str], unit: bool = True) -> Tensor:
         rows = torch.zeros(len(texts), 256)
         for row, text in zip(rows, texts, strict=True):
             for word in re.findall(r"\w+", text.lower()):
