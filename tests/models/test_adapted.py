@@ -58,7 +58,7 @@ def test_exit_asks_the_adapted_model(saved):
 
 def test_what_is_no_adapter_is_refused(saved):
     folder, _, _ = saved
-    with pytest.raises(tt.ThriftError, match="is no adapter: it needs adapter_config.json"):
+    with pytest.raises(tt.ThriftError, match="is no adapter: it needs"):
         load_adapted(str(folder / "base"))
     (folder / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(tt.ThriftError, match="cannot load the adapter") as error:

@@ -19,7 +19,7 @@ from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.spans import disjoint, join, phrases, sentences, words
 from tokenthrift.text.truncate import Truncate
 
-from .tiny import PROSE, HashingEmbedder, language_model, scorer, tokenizer
+from .tiny import PROSE, HashingEmbedder, classifier, language_model, scorer, tokenizer
 
 UNITS = {
     "truncate": words,
@@ -36,9 +36,14 @@ UNITS = {
     "bm25_sentences": sentences,
     "recomp_extractive": sentences,
     "exit": sentences,
+    "tcra": words,
+    "tcra(rounds=3)": words,
+    "frugal_prompt": words,
+    "frugal_prompt(attribution=globenc)": words,
+    "specpc_text": words,
 }
-QUESTIONS = {name: "Who has the keys of the porter?" for name in ("bm25_sentences", "recomp_extractive", "exit")}
-MODELS = {"exit": lambda: {"model": (language_model(2048), tokenizer())}}
+QUESTIONS = dict.fromkeys(("bm25_sentences", "recomp_extractive", "exit"), "Who has the keys of the porter?")
+MODELS = {"exit": lambda: (language_model(2048), tokenizer()), "frugal_prompt": classifier}
 TEXTS = (
     st.text(st.sampled_from("aB1., \n日🙂é\t?"), max_size=40)
     | st.text(max_size=40)
@@ -49,8 +54,8 @@ RATES = st.floats(0.01, 1) | st.integers(1, 40)
 
 def run(call: str, text: str, question: str | None = None, **params: Any) -> CompressedText:
     step = next(iter(Plan.parse(call)))
-    given = MODELS.get(step.name, dict)()
-    method = step.info.make(**{**step.params, **given, **params})
+    own = {"model": MODELS[step.name]()} if step.name in MODELS else {}
+    method = step.info.make(**{**step.params, **own, **params})
     question = question or QUESTIONS.get(step.name)
     return compress_text([method], text, question, tokenizer(), Lazy(scorer), HashingEmbedder())
 
@@ -96,7 +101,7 @@ def test_a_rate_of_one_changes_nothing(call: str, text: str) -> None:
     assert out.rate == 1
 
 
-@pytest.mark.parametrize("call", UNITS)
+@pytest.mark.parametrize("call", sorted(set(UNITS) - {"tcra(rounds=3)"}))
 def test_a_smaller_rate_keeps_a_subset_and_runs_agree(call: str) -> None:
     last: set[int] = set()
     for rate in (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0):
