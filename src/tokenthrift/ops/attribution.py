@@ -58,16 +58,17 @@ class EncoderLayer:
     def attention(self, x: Tensor, mask: Tensor) -> Tensor:
         """``(batch, heads, tokens, tokens)`` of the layer's input ``(batch, tokens, dim)``; ``mask`` as for globenc."""
         q, k = (self.split(linear(x, *affine)) for affine in (self.query, self.key))
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        return logits.masked_fill(~mask[:, None, None], torch.finfo(x.dtype).min).softmax(-1)
+        logits: Tensor = q @ k.transpose(-1, -2) * float(q.shape[-1]) ** -0.5
+        hidden = ~mask[:, None, None]
+        return logits.masked_fill(hidden, torch.finfo(x.dtype).min).softmax(-1)
 
     def split(self, x: Tensor) -> Tensor:
         """``(batch, tokens, dim)`` to ``(batch, heads, tokens, head dim)``."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def mixed(self, attention: Tensor, values: Tensor) -> Tensor:
         """What attention sends from token j to token i: ``(batch, i, j, dim)``, of ``values`` ``(batch, j, dim)``."""
-        weight = self.output[0].unflatten(1, (self.heads, -1))  # (dim, heads, head dim)
+        weight = self.output[0].view(len(self.output[0]), self.heads, -1)  # (dim, heads, head dim)
         sent = torch.einsum("bhjc,dhc->bhjd", self.split(values), weight)
         return torch.einsum("bhij,bhjd->bijd", attention, sent)
 
@@ -116,10 +117,9 @@ def decompx(
         if number == 0:  # every token still stands alone: the bias of its value is its own
             sent, bias = layer.mixed(attention, linear(x, *layer.value)), layer.output[1]
         else:
-            sources = parts.flatten(0, 1).transpose(0, 1)  # (j, batch * k, dim)
-            sources = sources.unflatten(1, parts.shape[:2]).flatten(0, 1)  # (j * batch, k, dim)
-            values = layer.split(linear(sources, layer.value[0])).unflatten(0, (parts.shape[2], parts.shape[0]))
-            mixed = torch.einsum("bhik,jbhkc->bijhc", attention, values).flatten(-2)
+            values = linear(parts, layer.value[0])
+            values = values.view(*values.shape[:-1], layer.heads, -1)  # (batch, k, j, heads, head dim)
+            mixed = torch.einsum("bhik,bkjhc->bijhc", attention, values).flatten(-2)
             sent, bias = linear(mixed, layer.output[0]), linear(layer.value[1], *layer.output)
         parts = hand_out(sent + parts, bias, share)
         before1 = parts.sum(2)

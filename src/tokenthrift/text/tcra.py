@@ -64,9 +64,11 @@ class TCRA:
         parts = self.passages(text, units, view.tokenizer)
         scores, kept = [0.0] * len(units), units
         for done in range(1, self.rounds + 1):
-            alive = set(kept)
+            alive = torch.zeros(len(text), dtype=torch.bool)
+            for start, end in kept:
+                alive[start:end] = True
             for part in parts:
-                left = [i for i in part if units[i] in alive]
+                left = [i for i in part if bool(alive[slice(*units[i])].all())]
                 for i, distance in zip(left, distances(text, [units[i] for i in left], view.embedder), strict=True):
                     # Whatever an earlier round dropped stays behind all that this one scores.
                     scores[i] = done + distance / (1 + distance)
