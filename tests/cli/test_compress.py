@@ -41,7 +41,7 @@ def run(*arguments: Any, stdin: str | bytes | None = None) -> Result:
 
 
 def test_a_file(prose: Path) -> None:
-    shown = run(prose, "--method", "truncate", "--rate", 0.3)
+    shown = run(prose, "--method", "truncate", "--rate", 0.3, "--protect", "none")
     assert shown.exit_code == 0
     assert PROSE.startswith(shown.stdout.removesuffix("\n"))
     assert "tokens (" in shown.stderr
@@ -62,7 +62,7 @@ def test_json_and_parameters(prose: Path) -> None:
 
 def test_output_files(prose: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out.txt", tmp_path / "page.html"
-    shown = run(prose, "--method", "truncate", "--out", out, "--html", page)
+    shown = run(prose, "--method", "truncate", "--protect", "none", "--out", out, "--html", page)
     assert shown.stdout == ""
     assert PROSE.startswith(out.read_text(encoding="utf-8"))
     assert "<del>" in page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What methods that score units share: the question, whether anything can be dropped, a limit beside the rate."""
+"""What methods that score sentences for a question share: the question, and a limit beside the rate."""
 
 from __future__ import annotations
 
@@ -23,14 +23,6 @@ def question_of(view: View, method: str) -> str:
     if question is None or not question.strip():
         raise ThriftError(f"{method} keeps what a question needs: give one with question=... (--question)")
     return question
-
-
-def keeps_all(view: View, units: Sequence[Span], rate: float | int) -> bool:
-    """Whether the budget keeps every unit, so that no model has to be asked; true for a text of one unit."""
-    if len(units) < 2 or Budget.of(rate).ratio == 1:
-        return True
-    total = count_tokens(view.tokenizer, view.text)
-    return Budget.of(rate).tokens(total) >= total
 
 
 def best_of_first(

@@ -12,8 +12,8 @@ from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from .asking import keeps_all, question_of
-from .selection import best_within
+from .asking import question_of
+from .selection import best_within, keeps_all
 from .spans import join, sentences, spans_to_map
 
 _SOLID = "\u3040-\u30ff\u3400-\u9fff"  # written without spaces: each character is a term
@@ -57,7 +57,7 @@ class BM25Sentences:
     def reduce(self, view: View) -> TokenMap:
         text, question = view.text, question_of(view, "bm25_sentences")
         units = sentences(text)
-        if keeps_all(view, units, self.rate):
+        if keeps_all(text, units, self.rate, view.tokenizer):
             return spans_to_map(units, len(text))
         scores = okapi(terms(question), [terms(join(text, [unit])) for unit in units], self.k1, self.b, self.epsilon)
         return spans_to_map(best_within(text, units, scores, self.rate, view.tokenizer), len(text))

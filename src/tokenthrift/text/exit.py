@@ -16,8 +16,9 @@ from ..models.decoder import context_length
 from ..models.pairs import Pair, as_pair, open_pair
 from ..models.scoring import document_start
 from ..ops.tokens import Span, encode
-from .asking import best_of_first, keeps_all, question_of
+from .asking import best_of_first, question_of
 from .passages import passages
+from .selection import keeps_all
 from .spans import join, sentences, spans_to_map
 
 ASK = 'Is this sentence useful in answering the query? Answer only "Yes" or "No".'
@@ -83,7 +84,7 @@ class Exit:
     def reduce(self, view: View) -> TokenMap:
         text, question = view.text, question_of(view, "exit")
         units = sentences(text)
-        if keeps_all(view, units, self.rate) and self.threshold is None:
+        if keeps_all(text, units, self.rate, view.tokenizer) and self.threshold is None:
             return spans_to_map(units, len(text))
         model, tokenizer = self.prepare(view)
         progress = getattr(view.scorer, "progress", None) if self.model is None and self.adapter is None else None

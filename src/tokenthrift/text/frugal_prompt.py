@@ -17,9 +17,8 @@ from ..core.view import View
 from ..models.attributing import decompx_of, embedding_parts, globenc_of, head_of, label_parts
 from ..models.pairs import as_pair, open_pair
 from ..ops.tokens import Span
-from .asking import keeps_all
 from .passages import pieces, span_of
-from .selection import best_within
+from .selection import best_within, keeps_all
 from .spans import join, spans_to_map, words
 
 PARTS = 2**10
@@ -83,7 +82,7 @@ class FrugalPrompt:
     def reduce(self, view: View) -> TokenMap:
         text = view.text
         units = words(text)
-        if keeps_all(view, units, self.rate):
+        if keeps_all(text, units, self.rate, view.tokenizer):
             return spans_to_map(units, len(text))
         scores = self.salience(text, units, *self.prepare(view))
         if self.compat == "percent":

@@ -11,7 +11,8 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..models.pairs import as_pair, open_pair
 from ..models.scoring import Embedder
-from .asking import best_of_first, keeps_all, question_of
+from .asking import best_of_first, question_of
+from .selection import keeps_all
 from .spans import join, sentences, spans_to_map
 
 
@@ -62,7 +63,7 @@ class RecompExtractive:
     def reduce(self, view: View) -> TokenMap:
         text, question = view.text, question_of(view, "recomp_extractive")
         units = sentences(text)
-        if keeps_all(view, units, self.rate) and self.top is None:
+        if keeps_all(text, units, self.rate, view.tokenizer) and self.top is None:
             return spans_to_map(units, len(text))
         embedded = self.prepare(view).embed([question, *(join(text, [unit]).strip() for unit in units)], unit=False)
         scores = (embedded[1:] @ embedded[0]).tolist()

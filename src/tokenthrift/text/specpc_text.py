@@ -21,8 +21,7 @@ from ..models.pairs import as_pair, open_pair
 from ..models.scoring import document_start
 from ..ops.draft_scores import score_of_layer, score_of_steps, smoothed
 from ..ops.tokens import Span, encode
-from .asking import keeps_all
-from .selection import best_within
+from .selection import best_within, keeps_all
 from .spans import spans_to_map, words
 
 _STAYS = 1e9
@@ -89,7 +88,7 @@ class SpecPCText:
 
     def reduce(self, view: View) -> TokenMap:
         text, units = view.text, words(view.text)
-        if keeps_all(view, units, self.rate):
+        if keeps_all(text, units, self.rate, view.tokenizer):
             return spans_to_map(units, len(text))
         scores = self.attended(text, units, view.question, *self.prepare(view))
         return spans_to_map(best_within(text, units, scores, self.rate, view.tokenizer), len(text))

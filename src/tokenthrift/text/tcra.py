@@ -13,9 +13,8 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.tokens import Span, count_tokens
-from .asking import keeps_all
 from .passages import passages, pieces, span_of
-from .selection import best_within
+from .selection import best_within, keeps_all
 from .spans import join, spans_to_map, words
 
 
@@ -57,7 +56,7 @@ class TCRA:
 
     def reduce(self, view: View) -> TokenMap:
         text, units = view.text, words(view.text)
-        if keeps_all(view, units, self.rate):
+        if keeps_all(text, units, self.rate, view.tokenizer):
             return spans_to_map(units, len(text))
         total = count_tokens(view.tokenizer, text)
         target = Budget.of(self.rate).tokens(total)
