@@ -83,6 +83,19 @@ def test_a_limit_beside_the_rate() -> None:
     assert best_of_first(text, units, scores, 0.25, tokenizer(), 3) == [units[1]]
 
 
+@pytest.mark.parametrize("rate", [0.3, 60])
+def test_texts_in_chunks_are_chosen_from_as_a_whole(rate: float) -> None:
+    """A count may be more than a chunk has: the chunk must not keep all of its sentences for that."""
+    question = "Who has the keys of the porter?"
+    methods = [Plan.parse(f"text=recomp_extractive(rate={rate})").at("text")[0]]
+    out = compress_text(methods, PROSE, question, tokenizer(), embedder=HashingEmbedder(), chunk=40)
+    assert out.tokens_after <= (rate if rate > 1 else rate * out.tokens_before + 1)
+    assert "The keys are with the porter." in out.text
+    limited = [Plan.parse("text=recomp_extractive(top=1)").at("text")[0]]
+    with pytest.raises(ThriftError, match="leave chunk out"):
+        compress_text(limited, PROSE, question, tokenizer(), embedder=HashingEmbedder(), chunk=40)
+
+
 # ---- bm25_sentences -------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import ThriftError
 
 Span = tuple[int, int]
@@ -35,6 +37,17 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[S
 def token_spans(tokenizer: Any, text: str) -> list[Span]:
     """The characters of each token of ``text``; see :func:`encode`."""
     return encode(tokenizer, [text])[0][1]
+
+
+def token_ends(tokenizer: Any, text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where each token ends, the last with the text: what :func:`token_spans` says of it, for long texts."""
+    if not text:
+        return np.zeros(0, dtype=np.int64)
+    batch = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.asarray(batch["offset_mapping"][0], dtype=np.int64).reshape(-1, 2)
+    ends: np.ndarray[Any, np.dtype[np.int64]] = offsets.max(axis=1)
+    ends[-1:] = len(text)
+    return ends
 
 
 def count_tokens(tokenizer: Any, text: str) -> int:

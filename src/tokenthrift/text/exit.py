@@ -89,7 +89,7 @@ class Exit:
         model, tokenizer = self.prepare(view)
         progress = getattr(view.scorer, "progress", None) if self.model is None and self.adapter is None else None
         scores = usefulness(text, units, question, model, tokenizer, self.context, progress)
-        good = len(units) if self.threshold is None else sum(score >= self.threshold for score in scores)
+        good = None if self.threshold is None else sum(score >= self.threshold for score in scores)
         return spans_to_map(best_of_first(text, units, scores, self.rate, view.tokenizer, good), len(text))
 
 

@@ -272,17 +272,30 @@ def _json(text: str) -> Iterator[Span]:
 
 
 _ROWS = re.compile(r"(?:^[^\n|]*+\|[^\n]*+(?:\n|\Z))+", re.MULTILINE)
-_RULE = re.compile(r"^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:\|[ \t]*:?-{2,}:?[ \t]*)*\|?[ \t]*\r?$", re.MULTILINE)
+_RULE = re.compile(r"[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:\|[ \t]*:?-{2,}:?[ \t]*)*\|?[ \t]*\r?\n?\Z")
 
 
 def _tables(text: str) -> Iterator[Span]:
-    """Markdown tables: lines with bars, of which the second is a rule, or that all start with a bar."""
+    """Markdown tables: from the line before a rule as far as lines have bars; or lines that all start with a bar."""
     if "|" not in text:
         return
     for rows in _ROWS.finditer(text):
-        lines = rows.group().splitlines(keepends=True)
-        if len(lines) > 1 and (_RULE.search(lines[1]) or all(line.lstrip().startswith("|") for line in lines)):
-            yield rows.span()
+        start = last = rows.start()  # of the lines that start with a bar, and of the last line
+        at, barred = start, 0
+        for n, line in enumerate(rows.group().splitlines(keepends=True)):
+            if n and _RULE.match(line):
+                yield (start if barred else last), rows.end()
+                barred = 0
+                break
+            if line.lstrip().startswith("|"):
+                start, barred = (start, barred + 1) if barred else (at, 1)
+            elif barred:
+                if barred > 1:
+                    yield start, at
+                barred = 0
+            last, at = at, at + len(line)
+        if barred > 1:
+            yield start, rows.end()
 
 
 # ---- within a line --------------------------------------------------------------------------------------------------

@@ -67,5 +67,4 @@ class RecompExtractive:
             return spans_to_map(units, len(text))
         embedded = self.prepare(view).embed([question, *(join(text, [unit]).strip() for unit in units)], unit=False)
         scores = (embedded[1:] @ embedded[0]).tolist()
-        most = len(units) if self.top is None else self.top
-        return spans_to_map(best_of_first(text, units, scores, self.rate, view.tokenizer, most), len(text))
+        return spans_to_map(best_of_first(text, units, scores, self.rate, view.tokenizer, self.top), len(text))

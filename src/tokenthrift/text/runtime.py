@@ -16,7 +16,7 @@ from ..core.errors import ThriftError
 from ..core.plan import Step
 from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
-from ..ops.tokens import Span, token_spans
+from ..ops.tokens import Span, token_ends
 from .compressed import CompressedText
 from .protect import Protected, Protection, missing, with_white_space
 from .selection import Terms, best_within, under
@@ -255,7 +255,7 @@ def _by_chunks(method: Any, view: View, size: int, progress: Callable[[int, int]
 def chunks_of(text: str, size: int, tokenizer: Any) -> list[tuple[int, int, int]]:
     """Runs of whole sentences of at most ``size`` tokens, or of words where a sentence has more: start, end, and the
     tokens up to there."""
-    ends = np.array([end for _, end in token_spans(tokenizer, text)], dtype=np.int64)
+    ends = token_ends(tokenizer, text)
 
     def tokens(at: int) -> int:
         return int(np.searchsorted(ends, at, side="right"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError
-from ..ops.tokens import Span, count_tokens, token_spans
+from ..ops.tokens import Span, count_tokens, token_ends
 from .protect import Protected, Protection, held, with_white_space
 from .spans import bridges, join
 
@@ -37,6 +37,7 @@ class Terms:
     notes: list[str] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, np.ndarray] = field(default_factory=dict)
 
     def protected(self, text: str) -> list[Protected]:
         if not self.protection:
@@ -45,9 +46,19 @@ class Terms:
 
     def count(self, tokenizer: Any, text: str) -> int:
         """Tokens of a text, counted once."""
+        if text in self.ends:
+            return len(self.ends[text])
         if text not in self.counts:
             self.counts[text] = count_tokens(tokenizer, text)
         return self.counts[text]
+
+    def token_ends(self, tokenizer: Any, text: str) -> np.ndarray | None:
+        """Where the tokens end, found once; None from a tokenizer that cannot say."""
+        if not getattr(tokenizer, "is_fast", False):
+            return None
+        if text not in self.ends:
+            self.ends[text] = token_ends(tokenizer, text)
+        return self.ends[text]
 
 
 _terms: ContextVar[Terms | None] = ContextVar("terms", default=None)
@@ -78,8 +89,8 @@ def best_within(
     As many units of the ranking as fit, then the best of the others that still fit into what is left, so that less than
     one unit of the budget is unused. The count is that of the text that results, made by the tokenizer itself: joining
     units can change how they are tokenised. Of equal scores the earlier unit is kept. Where no unit fits, the best one
-    is kept alone. Between words that would touch where something was left out, the white space or mark that stood
-    there is kept too, as a span of its own.
+    is kept alone. What keeps units apart where something was left out is kept too, as spans of their own
+    (``spans.bridges``).
 
     Protected spans are kept first, whatever their units score: units are divided at them, except that numbers,
     negations and quotes go with their sentence where that is a unit. If the protected spans alone exceed the budget,
@@ -104,7 +115,8 @@ def best_within(
     if terms.collect is not None:
         terms.collect.append((units, scores))
         return list(units)
-    total = terms.count(tokenizer, text)
+    ends = terms.token_ends(tokenizer, text)
+    total = terms.count(tokenizer, text) if ends is None else len(ends)
     target = Budget.of(rate).tokens(total)
     if target >= total:
         terms.kept_mass.append(1.0)
@@ -114,7 +126,7 @@ def best_within(
         shells = with_white_space(text, held(text, terms.protected(text), units))
     else:
         shells = with_white_space(text, [Protected(a, b, "") for a, b in sorted(protect)])
-    choice = _Choice(text, units, shells, tokenizer, terms.count)
+    choice = _Choice(text, units, shells, tokenizer, terms.count, ends)
     ranking = choice.ranked(scores)
     kept = choice.select(ranking, target, fill)
     if choice.note:
@@ -128,14 +140,19 @@ def keeps_all(text: str, units: Sequence[Span], rate: Budget | float | int, toke
 
     Never where scores are collected chunk by chunk: a chunk does not know the budget of the whole.
     """
-    terms = _terms.get() or Terms()
     budget = Budget.of(rate)
     if len(units) < 2 or budget.ratio == 1:
         return True
-    if terms.collect is not None:
+    if collecting():
         return False
-    total = terms.count(tokenizer, text)
+    total = (_terms.get() or Terms()).count(tokenizer, text)
     return budget.tokens(total) >= total
+
+
+def collecting() -> bool:
+    """Whether scores are collected chunk by chunk, for one choice at the end that goes by the rate alone."""
+    terms = _terms.get()
+    return terms is not None and terms.collect is not None
 
 
 class _Choice:
@@ -146,7 +163,13 @@ class _Choice:
     """
 
     def __init__(
-        self, text: str, units: Sequence[Span], shells: Sequence[Span], tokenizer: Any, count: Callable[[Any, str], int]
+        self,
+        text: str,
+        units: Sequence[Span],
+        shells: Sequence[Span],
+        tokenizer: Any,
+        count: Callable[[Any, str], int],
+        token_ends: np.ndarray | None,
     ) -> None:
         self.text = text
         self.tokenizer = tokenizer
@@ -164,7 +187,7 @@ class _Choice:
         inside = self.held | (self.owner >= 0)
         self.start, self.end = self.start[inside], self.end[inside]
         self.owner, self.held = self.owner[inside], self.held[inside]
-        self.tokens = _tokens_of(text, self.start, tokenizer)
+        self.tokens = _tokens_of(text, self.start, token_ends)
         # The pieces of each unit that are up to the scores: a slice of this order.
         free = np.flatnonzero(~self.held)
         self.free = free[np.argsort(self.owner[free], kind="stable")]
@@ -338,13 +361,12 @@ def _containing(spans: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.where((at >= 0) & (points < spans[at, 1]), at, -1)
 
 
-def _tokens_of(text: str, starts: np.ndarray, tokenizer: Any) -> np.ndarray:
-    """Tokens by the piece that their last character lies in; by characters if the tokenizer cannot say where."""
+def _tokens_of(text: str, starts: np.ndarray, token_ends: np.ndarray | None) -> np.ndarray:
+    """Tokens by the piece that their last character lies in; by characters if that is not known."""
     if not len(starts):
         return np.zeros(0)
-    if getattr(tokenizer, "is_fast", False):
-        last = np.array(token_spans(tokenizer, text), dtype=np.int64).reshape(-1, 2)[:, 1] - 1
-        at = np.searchsorted(starts, last, side="right") - 1
+    if token_ends is not None:
+        at = np.searchsorted(starts, token_ends - 1, side="right") - 1
         return np.bincount(at[at >= 0], minlength=len(starts)).astype(np.float64)
     return np.diff(np.append(starts, len(text))) / CHARS_PER_TOKEN
 

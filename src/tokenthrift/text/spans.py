@@ -158,22 +158,24 @@ _IN_WORD = re.compile(_LETTER)
 
 
 def bridges(text: str, spans: Iterable[Span]) -> list[Span]:
-    """The spans, in order, with what keeps two words apart that would touch where something was left out.
+    """The spans, in order, with what keeps them apart where something was left out between them.
 
-    That is the white space before the later one, or else behind the earlier one, or else the mark behind the earlier
-    one: a span of the text in any case. Characters of scripts without spaces may touch, and so may parts of one word.
+    The white space before a span stays unless white space comes before it anyway. Where two words would still touch,
+    so does the white space or the mark behind the earlier one. Each is a span of the text. Characters of scripts
+    without spaces may touch, and so may parts of one word.
     """
     out: list[Span] = []
     for start, end in spans:
         left = out[-1][1] if out else start
-        touch = left < start and _IN_WORD.match(text[left - 1]) and _IN_WORD.match(text[start])
-        if touch and not _IN_WORD.match(text[left]) and not _IN_WORD.match(text[start - 1]):
+        if left < start and not text[left - 1].isspace():
             if text[start - 1].isspace():
                 blank = start - 1
                 while blank > left and text[blank - 1].isspace():
                     blank -= 1
                 out.append((blank, start))
-            else:
+            elif all(map(_IN_WORD.match, (text[left - 1], text[start]))) and not any(
+                map(_IN_WORD.match, (text[left], text[start - 1]))
+            ):
                 stop = left + 1
                 while stop < start and (text[stop].isspace() if text[left].isspace() else text[stop] == text[left]):
                     stop += 1

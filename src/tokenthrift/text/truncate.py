@@ -40,13 +40,12 @@ class Truncate:
 
     def reduce(self, view: View) -> TokenMap:
         text = view.text
+        if "protected_spans" in view and view.protected_spans:
+            return spans_to_map(self._around(view, text), len(text))
         tokens = token_spans(view.tokenizer, text)
         target = Budget.of(self.rate).tokens(len(tokens))
         if target == len(tokens):
             return spans_to_map([(0, len(text))], len(text))
-
-        if "protected_spans" in view and view.protected_spans:
-            return spans_to_map(self._around(view, text), len(text))
 
         at_end = {"head": 0, "tail": target, "middle": target // 2}[self.where]
         at_start = target - at_end
