@@ -173,6 +173,14 @@ def test_recomp_takes_the_embedder_that_is_there() -> None:
     assert "model=<BertModel>" in run("recomp_extractive", PROSE, "Who?", model=(encoder(), Words())).method
 
 
+def test_a_limit_may_save_what_the_rate_does_not() -> None:
+    method = Plan.parse("text=recomp_extractive(rate=1.0, top=1)").at("text")
+    out = compress_text(
+        method, PROSE, "Who has the keys of the porter?", tokenizer(), embedder=HashingEmbedder(), min_saving=0.5
+    )
+    assert out.text == "- The keys are with the porter.\n"
+
+
 # ---- exit -----------------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,11 @@ class Exit:
         if self.adapter is not None and isinstance(self.model, Pair):
             raise ThriftError("exit merges an adapter into a model that it loads itself: give model as a name, or None")
 
+    @property
+    def limited(self) -> bool:
+        """Whether something beside the rate may drop sentences."""
+        return self.threshold is not None
+
     def prepare(self, view: View) -> tuple[Any, Any]:
         """The model and its tokenizer."""
         question_of(view, "exit")

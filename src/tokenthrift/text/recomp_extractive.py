@@ -51,6 +51,11 @@ class RecompExtractive:
             raise ThriftError(f"recomp_extractive(top={self.top}) keeps nothing: give at least 1, or None for no limit")
         object.__setattr__(self, "model", as_pair("recomp_extractive", self.model))
 
+    @property
+    def limited(self) -> bool:
+        """Whether something beside the rate may drop sentences."""
+        return self.top is not None
+
     def prepare(self, view: View) -> Embedder:
         """The encoder."""
         question_of(view, "recomp_extractive")

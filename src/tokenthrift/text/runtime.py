@@ -207,10 +207,11 @@ def carried(spans: Sequence[Protected], kept: Sequence[Span]) -> list[Protected]
 
 
 def _target(methods: Sequence[Any], tokens: int) -> int:
-    """Tokens that the methods' rates leave; methods without one may leave none."""
+    """Tokens that the methods' rates leave; methods without one, or with another limit beside it, may leave none."""
     for method in methods:
         rate = getattr(method, "rate", None)
-        tokens = 0 if rate is None else Budget.of(rate).tokens(tokens)
+        unknown = rate is None or getattr(method, "limited", False)
+        tokens = 0 if unknown else Budget.of(rate).tokens(tokens)
     return tokens
 
 
