@@ -210,8 +210,7 @@ def _target(methods: Sequence[Any], tokens: int) -> int:
     """Tokens that the methods' rates leave; methods without one, or with another limit beside it, may leave none."""
     for method in methods:
         rate = getattr(method, "rate", None)
-        unknown = rate is None or getattr(method, "limited", False)
-        tokens = 0 if unknown else Budget.of(rate).tokens(tokens)
+        tokens = 0 if rate is None or getattr(method, "limited", False) else Budget.of(rate).tokens(tokens)
     return tokens
 
 
