@@ -84,6 +84,8 @@ def test_help_names_the_options() -> None:
         (b"text", ("--method", "lingua"), "unknown method 'lingua' at stage text"),
         (b"text", ("--method", "truncate", "--rate", "1.5"), "keep ratio 1.5 is outside"),
         (b"text", ("--rate", "0"), "keep ratio 0.0 is outside"),
+        (b"text", ("--method", "bm25_sentences"), "give one with question=... .--question."),
+        (b"text", ("--method", "exit", "--question", "Who?", "--param", "threshold=2"), "is no probability"),
         (b"text", ("--rate", "nan"), "nan"),
         (b"text", ("--param", "level"), "write --param key=value"),
         (b"text", ("--param", "levl=token"), "did you mean 'level'"),

@@ -192,14 +192,21 @@ LOGITS = 2**24
 
 
 class Embedder:
-    """Sentence embeddings of unit length: mean pooling over an encoder such as all-MiniLM-L6-v2."""
+    """Sentence embeddings of unit length: mean pooling over an encoder such as all-MiniLM-L6-v2.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Args:
+        model: a ``transformers`` encoder.
+        tokenizer: its tokenizer.
+        max_length: tokens at which texts are cut.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int = 256) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.max_length = max_length
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """``(len(texts), dim)``, rows in the order given."""
+    def embed(self, texts: Sequence[str], unit: bool = True) -> Tensor:
+        """``(len(texts), dim)``, rows in the order given; without ``unit`` of the length that the mean has."""
         from .embeddings import embed
 
-        return embed(texts, self.model, self.tokenizer)
+        return embed(texts, self.model, self.tokenizer, max_length=self.max_length, unit=unit)

@@ -79,6 +79,8 @@ def compress_text(
         view.require(method.info.needs)
         for need in method.info.needs:
             getattr(view, need)  # models load before the clock runs
+        if hasattr(method, "prepare"):
+            method.prepare(view)  # so do those that a method was given by name
         terms.kept_mass.clear()
         if hasattr(method, "prepare"):
             method.prepare(view)  # so do those that a method was given by name
@@ -210,10 +212,10 @@ def carried(spans: Sequence[Protected], kept: Sequence[Span]) -> list[Protected]
 
 
 def _target(methods: Sequence[Any], tokens: int) -> int:
-    """Tokens that the methods' rates leave; methods without one may leave none."""
+    """Tokens that the methods' rates leave; methods without one, or with another limit beside it, may leave none."""
     for method in methods:
         rate = getattr(method, "rate", None)
-        tokens = 0 if rate is None else Budget.of(rate).tokens(tokens)
+        tokens = 0 if rate is None or getattr(method, "limited", False) else Budget.of(rate).tokens(tokens)
     return tokens
 
 

@@ -135,6 +135,26 @@ def best_within(
     return kept
 
 
+def keeps_all(text: str, units: Sequence[Span], rate: Budget | float | int, tokenizer: Any) -> bool:
+    """Whether :func:`best_within` would keep every unit whatever the scores, so that no model has to be asked.
+
+    Never where scores are collected chunk by chunk: a chunk does not know the budget of the whole.
+    """
+    budget = Budget.of(rate)
+    if len(units) < 2 or budget.ratio == 1:
+        return True
+    if collecting():
+        return False
+    total = (_terms.get() or Terms()).count(tokenizer, text)
+    return budget.tokens(total) >= total
+
+
+def collecting() -> bool:
+    """Whether scores are collected chunk by chunk, for one choice at the end that goes by the rate alone."""
+    terms = _terms.get()
+    return terms is not None and terms.collect is not None
+
+
 class _Choice:
     """Units of a text, cut into pieces at protected spans, and which of them are kept so far.
 
