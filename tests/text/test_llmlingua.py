@@ -54,7 +54,8 @@ def test_tokens_may_be_cut_words_are_not() -> None:
     whole = {PROSE[a:b].strip() for a, b in words(PROSE)}
     by_word = run("llmlingua(rate=0.4)", PROSE)
     units = [u for u in words(PROSE) if any(a <= u[0] and u[1] <= b for a, b in by_word.kept)]
-    assert join(PROSE, units) == by_word.text
+    # White space that keeps them apart is kept too.
+    assert "".join(join(PROSE, units).split()) == "".join(by_word.text.split())
     by_token = run("llmlingua(rate=0.4, level=token)", PROSE)
     assert not {by_token.text[a:b].strip() for a, b in words(by_token.text)} <= whole
 

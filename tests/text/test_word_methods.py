@@ -26,7 +26,7 @@ from tokenthrift.text.specpc_text import SpecPCText
 from tokenthrift.text.summarise import summarise
 from tokenthrift.text.tcra import TCRA, distances
 
-from .tiny import PROSE, HashingEmbedder, sequence_classifier, language_model, scorer, tokenizer
+from .tiny import PROSE, HashingEmbedder, language_model, scorer, sequence_classifier, tokenizer
 
 
 def run(call: str, text: str, question: str | None = None, embedder: Any = None, **params: Any) -> CompressedText:

@@ -79,8 +79,6 @@ def compress_text(
         view.require(method.info.needs)
         for need in method.info.needs:
             getattr(view, need)  # models load before the clock runs
-        if hasattr(method, "prepare"):
-            method.prepare(view)  # so do those that a method was given by name
         terms.kept_mass.clear()
         if hasattr(method, "prepare"):
             method.prepare(view)  # so do those that a method was given by name
