@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import gateway_jobs
 import httpx
 
+import gateway_jobs
 from tokenthrift.integrations.gateway.policy import Policy
 from tokenthrift.integrations.gateway.server import listen, make_server
 from tokenthrift.integrations.gateway.shortening import Shortener
@@ -120,23 +120,24 @@ class Running:
 
 
 @contextmanager
-def running(handle: Any = gateway_jobs.halve, route: dict[str, Any] | None = None, **policy: Any) -> Iterator[Running]:
-    """A gateway with one route, in front of a fake upstream."""
+def running(
+    handle: Any = gateway_jobs.halve, route: dict[str, Any] | None = None, reachable: bool = True, **policy: Any
+) -> Iterator[Running]:
+    """A gateway with one route, in front of a fake upstream, or of a port at which nothing listens."""
+    data = {"upstream": "http://127.0.0.1:1/base/v1", "routes": [{**ROUTE, **(route or {})}], "processes": False}
+    chosen = Policy.of({**data, **policy})
     upstream, loop = Upstream(), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
-    async def start() -> tuple[Any, Any]:
-        fake = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        upstream.port = fake.sockets[0].getsockname()[1]
-        data = {"upstream": f"http://127.0.0.1:{upstream.port}/base/v1", "routes": [{**ROUTE, **(route or {})}]}
-        chosen = Policy.of({**data, "processes": False, **policy})
-        return fake, make_server(chosen, Shortener(chosen, handle))
-
     def call(coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(20)
 
-    fake, server = call(start())
+    fake = call(asyncio.start_server(upstream.serve, "127.0.0.1", 0))
+    upstream.port = fake.sockets[0].getsockname()[1]
+    if reachable:
+        chosen = replace(chosen, upstream=f"http://127.0.0.1:{upstream.port}/base/v1")
+    server = make_server(chosen, Shortener(chosen, handle))
     socket = listen("127.0.0.1", 0)
     base_url = f"http://127.0.0.1:{socket.getsockname()[1]}"
     serving = asyncio.run_coroutine_threadsafe(server.serve(sockets=[socket]), loop)

@@ -17,19 +17,20 @@ GRACE_SECONDS = 30  # for streams that still run when the gateway is told to sto
 
 def make_server(policy: Policy, shortener: Shortener | None = None) -> uvicorn.Server:
     """A server for the policy, to run on a socket of its own: ``server.run(sockets=[...])``."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            create_app(policy, shortener),
-            log_config=None,
-            access_log=False,  # it would write query strings, which may hold keys
-            server_header=False,
-            date_header=False,  # the upstream's goes through
-            proxy_headers=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            ws="none",
-        )
+    config = uvicorn.Config(
+        create_app(policy, shortener),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,  # the upstream's goes through
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        ws="none",
     )
+    # It writes query strings, which may hold keys; and `access_log` alone leaves it on where logging is set up later.
+    logging.getLogger("uvicorn.access").disabled = True
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
