@@ -58,7 +58,7 @@ def test_a_port_that_is_taken() -> None:
     pytest.importorskip("starlette", reason="needs the extra: serve")
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(ThriftError, match="cannot listen on 127.0.0.1"),
+        pytest.raises(ThriftError, match="cannot listen on"),
     ):
         run("--upstream", "http://a/v1", "--port", taken.getsockname()[1])
 
