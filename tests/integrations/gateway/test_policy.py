@@ -48,6 +48,7 @@ def test_a_policy_file(tmp_path: Path) -> None:
         ({"upstream": "http://a/v1?key=1"}, "query"),
         ({"upstream": "http://a", "rutes": []}, "did you mean 'routes'"),
         ({"upstream": "http://a", "workers": 0}, "workers is 0"),
+        ({"upstream": "http://a", "workers": 2, "processes": False}, "threads share one tokenizer"),
         ({"upstream": "http://a", "page": "yes"}, "write true or false"),
         ({"upstream": "http://a", "prices": {"m": "cheap"}}, "prices: m is 'cheap'"),
         ({"upstream": "http://a", "prices": [1]}, "prices is list"),

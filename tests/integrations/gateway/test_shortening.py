@@ -228,7 +228,7 @@ def test_an_upstream_that_is_not_there() -> None:
         assert got.headers["x-tokenthrift"] == "compressed"
 
 
-def test_workers_that_cannot_start_shorten_nothing() -> None:
+def test_workers_that_cannot_start_shorten_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def broken(job: Any) -> Any:
         raise OSError("no model")
 
@@ -236,4 +236,5 @@ def test_workers_that_cannot_start_shorten_nothing() -> None:
         assert gateway.client.get("/health").json() == {"status": "ok", "shortening": "unavailable"}
         got = gateway.chat(LONG, REPLY, "?")
         assert got.headers["x-tokenthrift-reason"] == "unavailable"
+        assert "the workers cannot start: OSError no model" in caplog.text
         assert contents(gateway)[0] == LONG

@@ -126,11 +126,11 @@ class Policy:
         upstream: the only address that the gateway talks to: what a client would have as its base URL.
         routes: the first that fits a request counts; where none fits, the request goes through as it is.
         prices: US dollars a million input tokens, by glob on the model's name; the first that fits counts.
-        tokenizer: model pack, folder or hub id of the tokenizer that counts.
+        tokenizer: model pack, folder or hub id of the tokenizer that counts, or ``tiktoken:NAME``.
         scorer: model pack, folder or hub id of the model for methods that need one.
         workers: texts that are shortened at a time.
         processes: workers are processes of their own, so that the gateway answers while they compute, and one that
-            hangs can be ended; false for threads, which share one copy of the models.
+            hangs can be ended; false for a thread, which is enough where methods are quick.
         page: serve the page at ``/``, ``/stats`` and ``/preview``.
     """
 
@@ -150,6 +150,8 @@ class Policy:
         for name in ("processes", "page"):
             if not isinstance(getattr(self, name), bool):
                 raise ThriftError(f"{name} is {getattr(self, name)!r}: write true or false")
+        if not self.processes and self.workers > 1:
+            raise ThriftError("threads share one tokenizer, which serves one at a time: write workers: 1")
         for name in ("tokenizer", "scorer"):
             if not isinstance(getattr(self, name), str):
                 raise ThriftError(f"{name} is {getattr(self, name)!r}: write a model pack, a folder or a hub id")

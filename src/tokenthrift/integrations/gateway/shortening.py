@@ -119,7 +119,8 @@ class Shortener:
         errors = [future.exception() for future in starts if not future.cancelled()]
         if error := next(filter(None, errors), None):
             self.failed = str(error)
-            log.error("nothing will be shortened, as the workers cannot start: %s", error)
+            message = getattr(error, "message", "")  # may be told: the only text so far is our own
+            log.error("nothing will be shortened, as the workers cannot start: %s %s", error, message)
         else:
             self.ready = True
 

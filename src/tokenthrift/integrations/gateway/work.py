@@ -88,6 +88,8 @@ def _scorer(name: str) -> Any:
 @cache
 def _tokenizer(name: str) -> Any:
     """The fast tokenizer alone, of a pack, a folder or a hub id: its model is not loaded."""
+    if name.startswith("tiktoken:"):
+        return name  # compress knows these by name
     from transformers import AutoTokenizer
 
     from ...core.errors import ThriftError

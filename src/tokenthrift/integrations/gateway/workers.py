@@ -14,7 +14,11 @@ Handle = Callable[[Any], Any]
 
 
 class WorkerError(Exception):
-    """A job failed. Only the type of what was raised is told: messages may quote the text of a prompt."""
+    """A job failed. As text it is only the type of what was raised, since ``message`` may quote a prompt."""
+
+    def __init__(self, kind: str, message: str = "") -> None:
+        super().__init__(kind)
+        self.message = message
 
 
 class Workers:
@@ -55,7 +59,7 @@ class _Here:
         try:
             return self._handle(job)
         except Exception as error:
-            raise WorkerError(type(error).__name__) from None
+            raise WorkerError(type(error).__name__, str(error)) from None
 
     def end(self) -> None:
         pass  # a thread cannot be ended
@@ -82,7 +86,7 @@ class _Process:
             self._clear()  # the next job gets a fresh process
             raise WorkerError("hung" if isinstance(error, TimeoutError) else "died") from None
         if not good:
-            raise WorkerError(reply)
+            raise WorkerError(*reply)
         return reply
 
     def end(self) -> None:
@@ -122,5 +126,5 @@ def _run(line: Connection, handle: Handle) -> None:
         try:
             reply = True, handle(job)
         except Exception as error:
-            reply = False, type(error).__name__
+            reply = False, (type(error).__name__, str(error))
         line.send(reply)
