@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field
-
 from ..core.method import find
 
 try:
     from langchain_core.callbacks import Callbacks
     from langchain_core.documents import BaseDocumentCompressor, Document
+    from pydantic import Field
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
         "tokenthrift.integrations.langchain needs langchain-core: pip install 'tokenthrift[langchain]'"

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
 from ..core.method import find
 
 try:
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+    from pydantic import Field
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
         "tokenthrift.integrations.llamaindex needs llama-index-core: pip install 'tokenthrift[llamaindex]'"

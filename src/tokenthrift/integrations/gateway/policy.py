@@ -99,8 +99,8 @@ class Limits:
         body_mb: size of a request.
         messages: entries of ``messages`` (or ``prompt``, or ``input``).
         concurrent: requests at a time.
-        seconds: a request, from its first byte to the last one of its answer.
         body_seconds: until the request's body has come.
+        seconds: from then to the last byte of the answer.
         connect_seconds: until the upstream takes the connection.
         idle_seconds: between two pieces of the upstream's answer, and before the first.
     """

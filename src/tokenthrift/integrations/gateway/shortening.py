@@ -145,9 +145,13 @@ class _Memory:
             if key in self._texts:
                 return
             self._texts[key] = shortened
-            self._used += len(shortened.text)
+            self._used += _size(shortened)
             while self._used > self._room:
-                self._used -= len(self._texts.popitem(last=False)[1].text)
+                self._used -= _size(self._texts.popitem(last=False)[1])
+
+
+def _size(shortened: Shortened) -> int:
+    return len(shortened.text) + 300  # for the entry itself, however short its text
 
 
 def _job(
