@@ -74,6 +74,7 @@ def test_mistakes(data: Any, said: str) -> None:
         ({"method": "truncate", "rate": 1.5}, "outside"),
         ({"method": "truncate", "params": {"were": "head"}}, "did you mean 'where'"),
         ({"method": "truncate", "params": [1]}, "params must be a mapping"),
+        ({"method": "truncate", "protect": "cod"}, "route 1: protect"),
         ({"metod": "truncate"}, "did you mean 'method'"),
         ({"roles": ["system"]}, "the roles that can be shortened are"),
         ({"roles": "user"}, "write a list"),

@@ -83,8 +83,12 @@ class Route:
         if not isinstance(self.method, str):
             raise ThriftError(f"method is {self.method!r}: write the name of one text method")
         find(self.method, "text").make(rate=self.rate, **self.params)
-        if self.protect is not None and not compress_takes("protect"):
-            raise ThriftError("protect is not known to this version of tokenthrift.compress: leave it out")
+        if self.protect is not None:
+            if not compress_takes("protect"):
+                raise ThriftError("protect is not known to this version of tokenthrift.compress: leave it out")
+            from ...text.protect import Protection
+
+            Protection.of(self.protect)
 
     def fits(self, path: str, model: str) -> bool:
         """Whether a request is one of this route's."""

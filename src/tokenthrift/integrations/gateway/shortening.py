@@ -109,8 +109,7 @@ class Shortener:
 
     def _warm_up(self, together: threading.Barrier) -> None:
         together.wait()
-        for method in {r.method for r in self._policy.routes if r.method}:
-            route = next(r for r in self._policy.routes if r.method == method)
+        for route in (r for r in self._policy.routes if r.method):
             self._workers.ask(_job(route, (_WARM_UP,), "Which is the first?"))
 
     def _started(self, starts: list[Future[None]]) -> None:
