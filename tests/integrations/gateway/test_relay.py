@@ -8,11 +8,12 @@ import logging
 import socket
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra: serve")
 pytest.importorskip("uvicorn", reason="needs the extra: serve")
+
+import httpx
 
 from .serving import KEY, LONG, STREAM_HEAD, Running, answer, chunk, completion, framed, running, until
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra: serve")
 pytest.importorskip("uvicorn", reason="needs the extra: serve")
+
+import httpx
 
 from .serving import LONG, Running, running
 
