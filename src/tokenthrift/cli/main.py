@@ -16,6 +16,7 @@ from .distill import app as distill
 from .generate import generate
 from .methods import methods
 from .models import app as models
+from .serve import serve
 from .tune import tune
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # The commands' modules import neither torch nor transformers, so that help is instant.
-for command in (bench, tune, compress, methods, generate):
+for command in (bench, tune, compress, methods, generate, serve):
     app.command()(command)
 app.add_typer(models, name="models")
 app.add_typer(calibrate, name="calibrate")
