@@ -10,6 +10,20 @@ import tokenthrift as tt
 from tiny_models import fingerprint, tiny
 from tiny_vlms import EVERY, IMAGE, ROWS, alone, images, pictured, row, tiny_vlm
 from tokenthrift.core.errors import ThriftError
+from tokenthrift.core.method import method
+from tokenthrift.core.tokenmap import TokenMap
+
+TURNS = []
+
+
+@method("in_turn", stage="connector", paper="A test", needs=("mask",))
+class InTurn:
+    """Keep the first so many tokens of each image, as TURNS says, image by image."""
+
+    def reduce(self, view):
+        counts = torch.tensor([TURNS.pop(0) for _ in view.mask])
+        return TokenMap.keep(torch.arange(view.mask.shape[1]) < counts[:, None])
+
 
 QUARTER = "connector=random_tokens(keep=0.25, seed=3)"
 PLAIN = [f for f in EVERY if f not in ("llava_next", "llava_onevision")]
@@ -166,6 +180,34 @@ def test_later_turns_with_new_images(family, positions):
             got.append(out.logits)
             assert cache.get_seq_length() == end
     assert close(torch.cat(got, 1), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@torch.no_grad()
+def test_a_later_image_that_stays_whole(family):
+    model, whole = tiny_vlm(family), row([5, 6], 36, [7], [9, 4], 36, [8])
+    inputs = pictured(family, [whole], 2)
+    TURNS[:] = [9, 36, 9, 36]
+    with tt.apply("connector=in_turn()", model) as session:
+        expected = model(**inputs).logits
+        cut = {k: v[:, :39] for k, v in inputs.items() if k != "pixel_values"}
+        cache = model(**cut, pixel_values=inputs["pixel_values"][:1], use_cache=True).past_key_values
+        more = {**inputs, "input_ids": inputs["input_ids"][:, 39:], "pixel_values": inputs["pixel_values"][1:]}
+        got = model(**more, past_key_values=cache).logits
+        assert session.report().stages["connector"].tokens_after == 90
+    assert close(got, expected[:, 39:])
+
+
+@torch.no_grad()
+def test_rows_as_long_as_each_other_that_keep_different_numbers():
+    model = tiny_vlm("llava")
+    rows = [row([5, 6] + [7] * 38, 36, [3]), row([5], 36, [6, 7, 8], 36, [3])]
+    inputs, pixels = pictured("llava", rows, 3), images(3)
+    with tt.apply(QUARTER, model):
+        together = model(**inputs).logits
+        for r, own in enumerate((pixels[:1], pixels[1:])):
+            one = {**pictured("llava", [rows[r]], 1), "pixel_values": own}
+            assert close(model(**one).logits[0], together[r])
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class MultimodalAdapter:
         return None if self._connector is None else self._connector.visual
 
     def pictures(self) -> list[Any]:
-        """The images of the last prompt: :class:`~tokenthrift.models.connector_stage.Placed`, with ``row``, the
+        """The images of the last prompt: :class:`~tokenthrift.models.connector_maps.Placed`, with ``row``, the
         ``columns`` of the prompt as the user wrote it, and ``picture.segments``."""
         return [] if self._connector is None else self._connector.placed
 
@@ -153,10 +153,8 @@ class MultimodalAdapter:
             self._attached = True
             method = methods[0] if stage == "connector" else None
             self._connector = install_connector(self, method, session, undo)
-        if stage == "vision":
-            return
-        if stage == "connector":
             self.decoder.count(session, undo)
+        if stage in ("vision", "connector"):
             return
         if stage == "prefill":
             if "visual" not in methods[0].info.needs:
