@@ -292,8 +292,13 @@ def test_wrong_usage():
             tt.apply(QUARTER, model).install()
     with pytest.raises(ThriftError, match=r"no stage 'connector' here; it offers: text, prefill, cache"):
         tt.apply(QUARTER, tiny("llama"))
+    with tt.apply("prefill=gemfilter(budget=8)", model) as session, torch.no_grad():
+        text = {"input_ids": torch.randint(3, 80, (1, 30))}
+        assert generated(model, text).shape == (1, 4) and session.report().stages["prefill"].tokens_after == 8
+        with pytest.raises(ThriftError, match="reads prompts of text, and this one has images"):
+            generated(model, inputs)
     with pytest.raises(ThriftError, match="reads prompts of text"):
-        tt.apply("prefill=gemfilter()", model).install()
+        tt.apply(f"{QUARTER} prefill=gemfilter()", model).install()
     with pytest.raises(ThriftError, match="needs the whole grid"):
         tt.apply("vision=tome()", tiny_vlm("llava_next")).install()
     with pytest.raises(ThriftError, match="'segments' of an encoder whose tokens vision=tome reduces"):
