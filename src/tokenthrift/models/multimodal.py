@@ -196,6 +196,11 @@ class MultimodalAdapter:
                 f"the connector of {kind} needs the whole grid of patches, which {name} reduces: use connector=..., or "
                 "a vision method that acts around a sub-layer"
             )
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        if isinstance(layers, list | tuple) and not around:
+            raise ThriftError(
+                f"{name} leaves other tokens in each of the layers {list(layers)} that {kind} reads: use connector=..."
+            )
         adapter = EncoderAdapter(self.encoder if self.family.flexible else self.model)
         undo.callback(setattr, self, "reduced", False)
         self.reduced = self.family.flexible and not around
