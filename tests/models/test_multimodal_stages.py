@@ -152,6 +152,15 @@ def test_without_a_cache(family):
         assert torch.equal(generated(model, inputs, use_cache=False), expected)
 
 
+@pytest.mark.parametrize("family", PLAIN)
+@torch.no_grad()
+def test_gaps_between_positions_are_no_borders(family):
+    model, inputs = tiny_vlm(family), alone(family, 1)
+    inputs.pop("attention_mask")
+    with tt.apply(QUARTER.replace(")", ", positions='original')"), model):
+        assert close(model(**inputs, use_cache=False).logits, model(**inputs, use_cache=True).logits)
+
+
 @pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm", "gemma3"])
 @pytest.mark.parametrize("positions", ["gapless", "original"])
 @torch.no_grad()

@@ -342,6 +342,9 @@ class Connector:
         window = getattr(self.language.config, "sliding_window", None)
         masks = kwargs.get("attention_mask")
         given["attention_mask"] = shorten_masks(masks, now.mask, everything, columns, cache, window)
+        if given["attention_mask"] is None and self.policy == "original":
+            # Without a mask and a cache, transformers takes gaps between positions for borders of packed texts.
+            given["attention_mask"] = torch.ones_like(everything)
         short = visual.gather(1, index) & there
         if kwargs.get("deepstack_visual_embeds") is not None:
             given["visual_pos_masks"] = short
