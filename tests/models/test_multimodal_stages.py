@@ -236,15 +236,21 @@ def test_a_cache_goes_on_in_another_session_but_not_outside():
         assert cache.layers[0].keys.shape[2] == 18 + 5
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("positions", ["gapless", "original"])
 @torch.no_grad()
-def test_a_turn_of_generation_after_another():
-    model, inputs = tiny_vlm("llava"), pictured("llava", [ROWS[0]], 1)
-    with tt.apply(QUARTER, model):
-        first = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+def test_a_turn_of_generation_after_another(family, positions):
+    model, inputs = tiny_vlm(family), alone(family, 0)
+    how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, IMAGE + 1]}
+    with tt.apply(QUARTER.replace(")", f", positions='{positions}')"), model):
+        first = model.generate(**inputs, **how, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, torch.tensor([[4, 5, 6]])], 1)
-        again = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
-        expected = model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)
-    assert torch.equal(again, expected)
+        again = model.generate(ids, past_key_values=first.past_key_values, **how)
+        given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in given:
+                given[name] = torch.nn.functional.pad(given[name], (0, ids.shape[1] - given[name].shape[1]))
+        assert torch.equal(again, model.generate(ids, **given, **how))
 
 
 @torch.no_grad()
