@@ -297,10 +297,14 @@ def test_wrong_usage():
         few = pictured("llava", [row([5], 35, [7])], 1)
         with pytest.raises(ValueError, match="do not match"):
             model(**few)
-        with pytest.raises(ThriftError, match="made: make them inside"):
-            outside = tiny_vlm("llava").model.get_image_features(images(1))
-            model(pictured("llava", [ROWS[0]], 1)["input_ids"], mm_encoder_outputs={"image": outside})
         inputs = pictured("llava", [ROWS[0]], 1)
+        made = model.model.get_image_features(images(1))
+        expected = model(**inputs).logits
+        assert torch.equal(model(inputs["input_ids"], mm_encoder_outputs={"image": made}).logits, expected)
+    with tt.apply("connector=random_tokens(keep=0.5)", model), torch.no_grad():
+        for made_elsewhere in (made, tiny_vlm("llava").model.get_image_features(images(1))):
+            with pytest.raises(ThriftError, match="made: make them inside"):
+                model(inputs["input_ids"], mm_encoder_outputs={"image": made_elsewhere})
         with pytest.raises(ThriftError, match="cannot be dropped from a StaticCache"):
             model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=64))
         with pytest.raises(ThriftError, match="leave its with block"):

@@ -98,7 +98,7 @@ class Features:
             pictures = self._spaced(out, seen, found)
         elif watched:
             pictures.parts = self._parts(watched, seen)
-        setattr(out, _NOTE, pictures)
+        setattr(out, _NOTE, (self, pictures))
         self.found(modality, pictures)
         return out
 
@@ -147,20 +147,19 @@ class Features:
         out.pooler_output = spaced
         return Pictures(pictures)
 
+    def noted(self, out: Any) -> Pictures:
+        """The pictures behind features that the model's function returned in this session.
 
-def noted(out: Any) -> Pictures:
-    """The pictures behind features that a model's function returned.
-
-    Raises:
-        ThriftError: nobody watched as they were made.
-    """
-    found: Pictures | None = getattr(out, _NOTE, None)
-    if found is None:
-        raise ThriftError(
-            "connector=... has not seen how these image features were made: make them inside the with block, and "
-            "leave out prefill_chunk_size, which cuts images apart"
-        )
-    return found
+        Raises:
+            ThriftError: it did not, so that nobody watched as they were made.
+        """
+        maker, found = getattr(out, _NOTE, (None, None))
+        if maker is not self or found is None:
+            raise ThriftError(
+                "connector=... has not seen how these image features were made: make them inside the with block, and "
+                "leave out prefill_chunk_size, which cuts images apart"
+            )
+        return found  # type: ignore[no-any-return]
 
 
 def _map_of(maps: Sequence[TokenMap], left: int) -> TokenMap | None:

@@ -33,7 +33,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from .attention import real_tokens
 from .connector_cache import ConnectorCache, check_cache, remember
-from .connector_features import MODALITIES, Features, noted
+from .connector_features import MODALITIES, Features
 from .connector_maps import (
     Pictures,
     Placed,
@@ -138,7 +138,7 @@ class Connector:
         if isinstance(outputs, dict) and (self.method is not None or self.adapter.reduced):
             for modality, out in outputs.items():
                 if out is not None and getattr(out, "pooler_output", None) is not None:
-                    now.pictures[modality] = noted(out)
+                    now.pictures[modality] = self.features.noted(out)
         self._running.now = now
         try:
             return plain(*args, **kwargs)
