@@ -12,6 +12,7 @@ from ..core.errors import ThriftError
 from .bench import bench
 from .calibrate import app as calibrate
 from .compress import compress
+from .distill import app as distill
 from .generate import generate
 from .methods import methods
 from .models import app as models
@@ -28,6 +29,7 @@ for command in (bench, tune, compress, methods, generate):
     app.command()(command)
 app.add_typer(models, name="models")
 app.add_typer(calibrate, name="calibrate")
+app.add_typer(distill, name="distill")
 
 
 @app.callback(invoke_without_command=True)

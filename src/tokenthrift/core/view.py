@@ -75,6 +75,8 @@ class View:
     ``importance``   prefill                            ``(batch, tokens)``, attention received from all queries, summed
                                                         over heads and over the layers so far; ``lengths`` ``(batch,)``
                                                         the real tokens that the prompt had
+    ``visual``       prefill                            ``(batch, tokens)`` bool, those that stand for images;
+                                                        ``visual_lengths`` ``(batch,)`` how many the prompt had
     ``again``        cache                              whether what an earlier call kept is reduced once more; the
                                                         tokens are then cache entries, there are no ``positions``, and
                                                         ``queries`` and ``rotary`` are those of the last tokens, as many
@@ -113,6 +115,8 @@ class View:
     ``memory``       attention                          dict, what the method remembers of this layer and cache
     ``shared``       attention                          dict, the same for all layers of the cache
     ``text``         text                               the prompt; ``question`` what will be asked, or None
+    ``protected_spans`` text                            ``(start, end, kind)`` of what must survive in the text;
+                                                        ``best_within`` keeps it without being told
     ``scorer``       text                               a causal language model for self-information
     ``embedder``     text                               a sentence embedder
     ``tokenizer``    text                               the user's tokenizer, which defines what a token is

@@ -95,13 +95,14 @@ class CacheWatcher(Watcher):
         self.counts = self.every > 0 and "received" in self.needs
         self.cache: Cache | None = None
         self.rotary: Callable[[], Rotary] | None = None
-        self.prompt = False
+        self.prompt = self.apart = False
 
     def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the attention module: its rotation, which cache it fills, and whether that was empty.
 
         It runs once a layer and token: what it does slowly is felt.
         """
+        self.apart = False
         if self.lookahead is not None and self.lookahead.drafting:
             self.cache = None
             return
@@ -112,18 +113,15 @@ class CacheWatcher(Watcher):
         self.prompt = self.cache is not None and (stored is None or int(stored.get_seq_length()) == 0)
         if isinstance(stored, RaggedLayer) and not self.counts:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            stored.apart = hidden.shape[1] == 1 and not is_exotic(module) and not is_replaced(module) and stored.few
+            self.apart = hidden.shape[1] == 1 and not is_exotic(module) and not is_replaced(module) and stored.few
+            stored.apart = self.apart
 
     def answer(self, query: Tensor, scaling: float) -> Tensor | None:
-        stored = self._stored()
-        if not isinstance(stored, RaggedLayer) or not stored.apart:
-            return None
-        stored.apart = False
-        return stored.attend(query, scaling)
+        return self._stored().attend(query, scaling) if self.apart else None
 
     def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         stored, new = self._stored(), query.shape[-2]
-        if not isinstance(stored, ReducedLayer) or self.prompt or getattr(stored, "apart", False):
+        if not isinstance(stored, ReducedLayer) or self.prompt or self.apart:
             return mask
         if new > 1 and mask is not None:  # a prompt that comes in parts: its padding is nothing to read later
             stored.hide(real_tokens(mask)[:, -new:].expand(query.shape[0], -1))

@@ -1,8 +1,10 @@
-"""Layers that compute ever fewer tokens and heads of a prompt (SpAtten, arXiv 2012.09852).
+"""Layers that compute ever fewer tokens and heads of a prompt (SpAtten, arXiv 2012.09852; FastV, arXiv 2403.06764).
 
-After some layers tokens are dropped: the layers above neither compute nor store them. What a cache layer then holds is
-a :class:`~tokenthrift.models.kv.ReducedLayer`, so later tokens find masks and positions right. Heads that are dropped
-give zeros, and their attention is not computed, in the prompt and for all that follows.
+After some layers tokens are dropped, any of them or only visual ones: the layers above neither compute nor store them.
+What a cache layer then holds is a :class:`~tokenthrift.models.kv.ReducedLayer`, so later tokens find masks and
+positions right. Heads that are dropped give zeros, and their attention is not computed, in the prompt and for all that
+follows. Of the attention that tokens are ranked by, only what a method asks for is computed: sums over all queries and
+layers so far, or the last rows of one layer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.attention import attention_received
+from ..ops.attention import attention_received, attention_rows
 from ..ops.pruned_attention import attend_all, attend_top_values, of_heads
 from .attention import Run, replace_attention, watch_attention
 from .cache_stage import CacheWatcher
@@ -53,7 +55,7 @@ class CascadeLayer(ReducedLayer):
     ) -> None:
         lead = keys.shape[:2]
         super().__init__(keys, values, TokenMap.identity(keys.shape[-2], lead, keys.device), real)
-        if columns.shape[1] < n:
+        if columns.shape[1] < n or bool((columns < 0).any()):  # the fullest row may have lost nothing
             self.map = TokenMap.select(columns[:, None].expand(-1, lead[1], -1), n)
             self.seen, self.whole = n, False
         self.heads = heads
@@ -72,9 +74,16 @@ def install_cascade(
         What runs the forward of a prompt, given that, the cache that it fills, if any, and which tokens are real.
 
     Raises:
-        ThriftError: layers that cannot be found, have a sliding window, or are not there.
+        ThriftError: layers that cannot be found, have a sliding window, or are not there; a model without visual tokens
+            for a method that drops these.
     """
-    layers, name = Depth(adapter.model).layers, method.info.name
+    name = method.info.name
+    if "visual" in method.info.needs and not hasattr(adapter, "visual"):
+        raise ThriftError(
+            f"prefill={name} drops visual tokens, and {type(adapter.model).__name__} reads text only: "
+            "use prefill=gemfilter or prefill=spatten_cascade"
+        )
+    layers = Depth(adapter.model).layers
     check_windows(adapter, f"prefill={name}")
     run = Cascade(adapter, method, session)
     for i, layer in enumerate(layers):
@@ -90,7 +99,7 @@ def install_cascade(
         return watcher
 
     watch_attention(adapter.attentions, make, undo)
-    if method.own_attention:
+    if getattr(method, "own_attention", False):
         replace_attention(adapter.attentions, lambda module: partial(run.attend, int(module.layer_idx)), undo)  # type: ignore[arg-type]
     return run.prompt
 
@@ -115,13 +124,16 @@ class Cascade:
         importance: ``(batch, n)``, attention received so far.
         magnitude: ``(batch, heads)``, absolute outputs so far.
         kept_heads: ``(batch, some)`` int64; None while all are there.
-        stopped: ``(batch, n, dim)``, the last hidden state of every token that was dropped.
+        visual: ``(batch, n)`` bool, the visual tokens of the prompt; None where no method asks for them.
+        asked: queries, keys and scaling of a layer after which tokens go, for a method that looks at its attention.
     """
 
     def __init__(self, adapter: DecoderAdapter, method: Any, session: Session) -> None:
         self.adapter, self.method, self.session = adapter, method, session
         self.depth = len(adapter.attentions)
-        self.token_ends, self.head_ends = method.token_shares(self.depth), method.head_shares(self.depth)
+        self.token_ends = method.token_shares(self.depth)
+        self.head_ends = method.head_shares(self.depth) if hasattr(method, "head_shares") else {}
+        self.needs = set(method.info.needs)
         self.watchers: list[CascadeWatcher] = []
         self._forget()
 
@@ -132,11 +144,16 @@ class Cascade:
         self.importance: Tensor | None = None
         self.magnitude: Tensor | None = None
         self.kept_heads: Tensor | None = None
-        self.stopped: Tensor | None = None
+        self.visual: Tensor | None = None
+        self.asked: tuple[Tensor, Tensor, float] | None = None
         self.given: dict[str, Any] = {}
 
     def prompt(self, forward: Callable[[], Any], cache: Cache | None, real: Tensor) -> Any:
         """The forward of a prompt."""
+        if "visual" in self.needs:
+            self.visual = self.adapter.visual()  # type: ignore[attr-defined]
+            if self.visual is None or not bool(self.visual.any()):
+                return forward()
         self.cache, self.real = cache, real
         try:
             return forward()
@@ -149,21 +166,23 @@ class Cascade:
         assert self.real is not None
         return self.real if self.columns is None else self.columns >= 0
 
-    def layer(self, index: int, plain: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def layer(self, index: int, plain: Callable[..., Any], whole: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Run a layer on what is left of the ``whole`` prompt. What was dropped stays what it was: models may add
+        something to all tokens between two layers, and logits of all positions may be asked for."""
         assert self.real is not None
-        if self.given:
+        columns = self.columns
+        if columns is None:
+            hidden = whole = plain(whole, *args, **kwargs)
+        else:
             kwargs = {**kwargs, **self.given}
-        hidden = plain(hidden, *args, **kwargs)
+            hidden = plain(_columns_of(whole, columns.clamp(min=0)), *args, **kwargs)
+            whole = _put(whole, columns, hidden)
         self._count(hidden.shape[1], self._store(index))
         if index in self.head_ends:
             self._drop_heads(index)
         if index in self.token_ends:
-            hidden = self._drop_tokens(index, hidden, kwargs)
-        if index == self.depth - 1 and self.columns is not None:
-            assert self.stopped is not None
-            _put(self.stopped, self.columns, hidden)
-            hidden = self.stopped
-        return hidden
+            self._drop_tokens(index, hidden, kwargs)
+        return whole
 
     def _store(self, index: int) -> int:
         """Let the cache know what the layer's entries are; returns their bytes."""
@@ -193,38 +212,42 @@ class Cascade:
             bytes_after=size,
         )
 
-    def _drop_tokens(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _drop_tokens(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         start, real = perf_counter(), self.real
-        assert real is not None and self.importance is not None
+        assert real is not None
         there, n = self.there, real.shape[1]
         columns = torch.arange(n, device=hidden.device).expand(real.shape) if self.columns is None else self.columns
-        protected = torch.zeros_like(there)
-        protected[:, -1] = True
-        view = View(
-            importance=self.importance.gather(1, columns.clamp(min=0)),
-            lengths=real.sum(1),
-            mask=there,
-            protected=protected,
-            layer=index,
-            layers=self.depth,
-        )
+        view = self._view(index, columns)
         map: TokenMap = self.method.reduce(view.require(self.method.info.needs))
+        view.forget()
+        self.asked = None
         if not map.is_identity:
             kept = map.kept & there
             width = int(kept.sum(1).max())
             order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, there.shape[1] - width :]
             there = kept.gather(1, order)
             map = TokenMap.select(torch.where(there, order, -1), map.n_in)
-            if self.stopped is None:
-                self.stopped = hidden.clone()
-            else:
-                _put(self.stopped, columns, hidden)
             self.columns = torch.where(there, columns.gather(1, order), -1)
-            hidden = hidden.gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
             self._give(order, kwargs, hidden)
         self.session.add_map("prefill", map)
         self.session.records["prefill"].seconds += perf_counter() - start
-        return hidden
+
+    def _view(self, index: int, columns: Tensor) -> View:
+        """What the method may look at after a layer, of the tokens that are left."""
+        assert self.real is not None
+        there = self.there
+        protected = torch.zeros_like(there)
+        protected[:, -1] = True
+        view = View(lengths=self.real.sum(1), mask=there, protected=protected, layer=index, layers=self.depth)
+        if self.importance is not None:
+            view.offer("importance", self.importance.gather(1, columns.clamp(min=0)))
+        if self.asked is not None:
+            query, key, scaling = self.asked
+            view.offer("attention", lambda rows: attention_rows(query[:, :, -rows:], key, scaling, there))
+        if self.visual is not None:
+            view.offer("visual", self.visual.gather(1, columns.clamp(min=0)) & there)
+            view.offer("visual_lengths", (self.visual & self.real).sum(1))
+        return view
 
     def _give(self, order: Tensor, kwargs: dict[str, Any], hidden: Tensor) -> None:
         """The positions and the mask of what is left: a token sees what is left before it."""
@@ -233,7 +256,7 @@ class Cascade:
             raise ThriftError(f"the layers of {type(self.adapter.model).__name__} are given no rotations")
         given: dict[str, Any] = {"position_ids": None}
         given["position_embeddings"] = tuple(
-            t.expand(len(order), -1, -1).gather(1, order.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in turns
+            _columns_of(t.expand(*t.shape[:-3], len(order), -1, -1), order) for t in turns
         )
         if kwargs.get("attention_mask") is not None or not bool(self.there.all()):
             m = order.shape[1]
@@ -250,8 +273,12 @@ class Cascade:
         extra["heads_left"] = self.kept_heads.shape[1]
 
     def listen(self, index: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Note the attention that the tokens of a layer receive, if it matters later."""
+        """Note of the attention of a layer what the method will look at."""
         if self.real is None or not self.token_ends or index > max(self.token_ends):
+            return
+        if index in self.token_ends and "attention" in self.needs:
+            self.asked = (query, key, scaling)
+        if "importance" not in self.needs:
             return
         there = self.there
         if self.kept_heads is not None:
@@ -323,7 +350,13 @@ class CascadeWatcher(CacheWatcher):
         self.run.listen(self.layer, query, key, scaling)
 
 
-def _put(x: Tensor, columns: Tensor, new: Tensor) -> None:
-    """Write ``(batch, columns, dim)`` where they belong in ``(batch, n, dim)``, in place."""
+def _put(x: Tensor, columns: Tensor, new: Tensor) -> Tensor:
+    """A copy of ``(batch, n, dim)`` with the ``(batch, columns, dim)`` of some of its tokens."""
     row, slot = (columns >= 0).nonzero(as_tuple=True)
-    x[row, columns[row, slot]] = new[row, slot]
+    return x.index_put((row, columns[row, slot]), new[row, slot])
+
+
+def _columns_of(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens at ``order`` ``(batch, columns)`` of ``(..., batch, n, dim)``: rotations may be several a token."""
+    index = order.unsqueeze(-1).expand(*x.shape[:-3], *order.shape, x.shape[-1])
+    return x.gather(-2, index)

@@ -258,7 +258,7 @@ class RaggedLayer(ReducedLayer):
     for one layer at a time, while it runs. Where they are few, single tokens are better answered head by head.
 
     Attributes:
-        apart: the next token comes to be answered by :meth:`attend`; :meth:`update` then returns that token only.
+        apart: the next token comes to be answered by :meth:`attend`: the next :meth:`update` returns that token only.
     """
 
     apart = False
@@ -335,7 +335,8 @@ class RaggedLayer(ReducedLayer):
         self._count(key_states.shape[-2])
         for name, states in (("keys", key_states), ("values", value_states)):
             self._later[name] = torch.cat([self._later[name], states], dim=-2)
-        return (key_states, value_states) if self.apart else (self.keys, self.values)
+        apart, self.apart = self.apart, False  # of this call only, also when it is interrupted after this
+        return (key_states, value_states) if apart else (self.keys, self.values)
 
     @property
     def few(self) -> bool:

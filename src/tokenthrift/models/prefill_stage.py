@@ -7,7 +7,7 @@ and hands it to the runtime of the method's ``place``:
 - ``"heads"``: in the attention of some layers, each head leaves tokens out;
 - ``"blocks"``: in the attention of the layers without a window, each block of queries reads some of the keys;
 - ``"layers"``: after some layers, tokens are left behind (:mod:`.lazy_stage`);
-- ``"cascade"``: after some layers, tokens and heads are dropped (:mod:`.cascade_stage`);
+- ``"cascade"``: after some layers, tokens and heads are dropped, or visual tokens only (:mod:`.cascade_stage`);
 - ``"prompt"``: some tokens are kept, and the model reads these as a shorter prompt (:mod:`.shortened`).
 """
 
@@ -85,7 +85,7 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
             raise ThriftError(
                 f"prefill={name} decides what the cache holds: leave out cache=..., attention=... and decode=..."
             )
-        if method.own_attention:
+        if getattr(method, "own_attention", False):
             _check_plain_attention(adapter, name)
         runtime = partial(_go_down, adapter, session, install_cascade(adapter, method, session, undo))
     else:
@@ -93,10 +93,13 @@ def install_prefill(adapter: DecoderAdapter, method: Any, session: Session, undo
             raise ThriftError(f"drafts cannot be verified over a prompt that {name} shortened: leave out decode=...")
         runtime = partial(_shorten, adapter, method, session)
         _scoring_layer(adapter, method)  # refuses layers that are not there
-    _replace_forward(adapter, runtime, session, undo)
+    # Visual tokens come as embeddings among those of the text.
+    _replace_forward(adapter, runtime, session, undo, embeds="visual" in method.info.needs)
 
 
-def _replace_forward(adapter: DecoderAdapter, runtime: Runtime, session: Session, undo: ExitStack) -> None:
+def _replace_forward(
+    adapter: DecoderAdapter, runtime: Runtime, session: Session, undo: ExitStack, *, embeds: bool
+) -> None:
     model = adapter.model
     plain, own = model.forward, "forward" in vars(model)
     signature = inspect.signature(plain)
@@ -110,17 +113,24 @@ def _replace_forward(adapter: DecoderAdapter, runtime: Runtime, session: Session
         held = call.get("past_key_values")
         if isinstance(held, ShortenedCache):
             return _go_on(adapter, session, held, call, plain)
-        real = _prompt_of(call)
+        real = _prompt_of(call, embeds)
         return plain(*args, **kwargs) if real is None else runtime(call, real, plain)
 
+    forward.plain = plain  # type: ignore[attr-defined]  # for what reads texts of its own beside the session
     undo.callback(partial(setattr, model, "forward", plain) if own else partial(delattr, model, "forward"))
     model.forward = forward
 
 
-def _prompt_of(call: Call) -> Tensor | None:
-    """Which tokens of a prompt are real; None where the call is no prompt of tokens, or trains."""
+def _prompt_of(call: Call, embeds: bool = False) -> Tensor | None:
+    """Which tokens of a prompt are real; None where the call is none, or trains.
+
+    Args:
+        embeds: prompts of embeddings are prompts too.
+    """
     ids, mask, held = (call.get(k) for k in ("input_ids", "attention_mask", "past_key_values"))
-    if ids is None or ids.shape[1] < 2 or "labels" in call or "inputs_embeds" in call:
+    if "inputs_embeds" in call:
+        ids = call["inputs_embeds"][..., 0] if embeds else None
+    if ids is None or ids.shape[1] < 2 or "labels" in call:
         return None
     if held is not None and int(held.get_seq_length()) > 0:
         return None

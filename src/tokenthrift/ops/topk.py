@@ -70,3 +70,19 @@ def top_entries(scores: Tensor, count: int, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
     return scores.topk(count, sorted=False).indices
+
+
+def top_mask(scores: Tensor, counts: Tensor, mask: Tensor) -> Tensor:
+    """The best-scored tokens of each row, of equals the earlier ones.
+
+    Args:
+        scores: ``(batch, tokens)``, finite or ``+inf``.
+        counts: ``(batch,)`` int64, how many.
+        mask: ``(batch, tokens)`` bool, the tokens that may be among them.
+
+    Returns:
+        ``(batch, tokens)`` bool.
+    """
+    order = scores.to(torch.float32).masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < counts.unsqueeze(-1)
+    return torch.zeros_like(mask).scatter(-1, order, first) & mask
