@@ -385,3 +385,39 @@ def test_later_stages_are_told_which_columns_are_visual():
     assert seen[0].sum(1).tolist() == [9, 18] and seen[0].shape == (2, 24)
     assert seen[0][0].nonzero().min() == 24 - 14 + 2
     assert seen[1] is None and adapter.visual() is None
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@torch.no_grad()
+def test_visual_tokens_dropped_inside_the_language_model(family):
+    """FastV after one layer, against the layers run by hand; Qwen3-VL adds image features between layers."""
+    model, inputs = tiny_vlm(family, "eager"), alone(family, 1)
+    body, seen = model.model.language_model, {}
+    note = body.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
+    model(**inputs)
+    note.remove()
+    x, visual = seen["inputs_embeds"], inputs["input_ids"][0] == IMAGE
+    n, deep = x.shape[1], seen.get("deepstack_visual_embeds") or []
+    at = torch.arange(n)[None] if seen.get("position_ids") is None else seen["position_ids"]
+    turns = body.rotary_emb(x, at)
+    mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
+    note = body.layers[0].self_attn.register_forward_hook(lambda _m, _i, out: seen.update(weights=out[1]))
+    x = body.layers[0](x, attention_mask=mask, position_embeddings=turns)
+    note.remove()
+    left = ~visual
+    left[seen["weights"][0, :, -1].mean(0).masked_fill(~visual, -1).topk(36).indices] = True
+    for i, layer in enumerate(body.layers):
+        if i:
+            x = layer(x, attention_mask=mask, position_embeddings=turns)
+        else:
+            which = left[visual]
+            x, mask, turns = x[:, left], mask[:, :, left][..., left], [t[..., left, :] for t in turns]
+        if i < len(deep):
+            x[0, visual[left]] += deep[i][which]
+    expected = model.lm_head(body.norm(x))[0]
+    with tt.apply("prefill=fastv(keep=36, layer=1)", model) as session:
+        assert close(model(**inputs).logits[0, left], expected)
+        assert session.report().stages["prefill"].kept < 1
+    with tt.apply(f"{QUARTER} prefill=fastv(keep=0.5, layer=1)", model) as session:
+        cache = model(**inputs).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [24, 15, 15]
