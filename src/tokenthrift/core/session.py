@@ -224,6 +224,10 @@ class Session:
         else:
             self._parallel.setdefault(stage, {})[layer] = map
 
+    def maps(self, stage: str) -> list[TokenMap]:
+        """The chained maps of a stage in the last forward, in their order."""
+        return list(self._chains.get(stage, ()))
+
     def count_forward(self, flops: float, dense: float) -> None:
         """Add the analytic cost of one forward, with the plan and without it."""
         self.forwards += 1

@@ -3,9 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .errors import ThriftError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A grid of visual tokens: a whole image (or its thumbnail), one crop of it, or the frames of a video.
+
+    Attributes:
+        start: number of its first token; the others follow in raster order, frame by frame.
+        t, h, w: frames, rows and columns of tokens.
+        kind: ``"image"``, ``"crop"`` or ``"frame"``.
+        row, col: where a crop lies among the crops of its image.
+        index: ``(t·h·w,)`` int64, the numbers of the tokens where they do not follow each other.
+    """
+
+    start: int
+    t: int
+    h: int
+    w: int
+    kind: str = "image"
+    row: int = 0
+    col: int = 0
+    index: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many tokens it has."""
+        return self.t * self.h * self.w
+
+    def numbers(self, device: torch.device | str = "cpu") -> Tensor:
+        """``(t·h·w,)`` int64: the numbers of its tokens, in raster order."""
+        import torch  # a plan that is only read needs none
+
+        if self.index is not None:
+            return self.index.to(device)
+        return torch.arange(self.start, self.start + self.size, device=device)
 
 
 class View:
@@ -16,7 +56,8 @@ class View:
     ================ ================================== ==========================================================
     part             stages                             meaning
     ================ ================================== ==========================================================
-    ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``
+    ``features``     vision connector prefill           hidden states, ``(batch, tokens, dim)``; of a connector the
+                                                        visual tokens that the language model gets, a row an image
     ``keys``         vision cache prefill attention     ``(batch, kv_heads, tokens, head_dim)``, after RoPE in caches
     ``values``       cache attention                    ``(batch, kv_heads, tokens, head_dim)``
     ``queries``      cache prefill attention            ``(batch, heads, tokens, head_dim)`` of the same forward: one
@@ -57,8 +98,20 @@ class View:
     ``tokens``       vision                             tokens at the start of the forward, the prefix included
     ``segments``     vision                             ``(batch, tokens)`` int64, of texts: the number of the
                                                         identifier that a token belongs to
+    ``segments``     connector                          tuple of :class:`Segment`: how the tokens of an image lie
+    ``cls``          connector                          function ``layer -> (batch, heads, tokens)``: attention of the
+                                                        encoder's CLS token, softmax over all of the encoder's tokens
+    ``received``     connector                          function ``layer -> (batch, tokens)``: attention received from
+                                                        all of the encoder's queries, mean over these and over heads
+    ``keys``         connector                          function ``layer -> (batch, heads, tokens, head_dim)``: the
+                                                        encoder's keys, as its attention gets them
+    ``hidden``       connector                          function ``layer -> (batch, tokens, width)``: hidden states
+                                                        after a layer of the encoder
+    ``text``         connector                          ``(batch, text tokens, dim)``: embeddings of the text around;
+                                                        ``text_mask`` ``(batch, text tokens)`` bool
     ``layer``        vision cache prefill attention     index of the layer; ``layers`` their number. At the attention
-                                                        stage layers with a sliding window are not counted
+                                                        stage layers with a sliding window are not counted; at the
+                                                        connector stage ``layers`` are those of the encoder
     ``memory``       attention                          dict, what the method remembers of this layer and cache
     ``shared``       attention                          dict, the same for all layers of the cache
     ``text``         text                               the prompt; ``question`` what will be asked, or None

@@ -45,10 +45,7 @@ class DecoderAdapter:
         """See :class:`tokenthrift.core.session.Adapter`."""
         if len(methods) > 1:
             raise ThriftError(f"stage '{stage}' takes one method at a time here, the plan has {len(methods)}")
-        if not self._counting:
-            self._counting = True
-            undo.callback(setattr, self, "_counting", False)
-            install_counter(self, session, undo)
+        self.count(session, undo)
         if stage == "cache":
             from .cache_stage import install_cache
 
@@ -65,6 +62,13 @@ class DecoderAdapter:
             from .decode_stage import install_decode
 
             install_decode(self, methods[0], session, undo)
+
+    def count(self, session: Session, undo: ExitStack) -> None:
+        """Let the session count forwards, however many stages ask for it."""
+        if not self._counting:
+            self._counting = True
+            undo.callback(setattr, self, "_counting", False)
+            install_counter(self, session, undo)
 
 
 def context_length(model: Any) -> int | None:

@@ -21,7 +21,8 @@ class Depth:
         backbone: the module that runs the layers; its output is the head's input.
         layers: all decoder layers.
         norm: applied after the last of them.
-        head: from hidden states to logits. What a model does to its logits afterwards is monotone and left out.
+        head: from hidden states to logits. What a model does to its logits afterwards is monotone and left out. None
+            where the model is the language model inside another, which has the head.
 
     Raises:
         ThriftError: the model is laid out otherwise.
@@ -36,7 +37,7 @@ class Depth:
             if (
                 isinstance(layers, nn.ModuleList)
                 and norm is not None
-                and head is not None
+                and (head is not None or not model.can_generate())
                 and len(layers) == len(attentions)
                 and all(any(m is a for m in layer.modules()) for layer, a in zip(layers, attentions, strict=True))
             ):

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..decoding.draft import Draft
 from .attention import BASES, PREFIX, answered_by, is_replaced
+from .connector_cache import ConnectorCache
 from .kv import ReducedLayer, biased
 
 ROOM = 256
@@ -262,9 +263,12 @@ class PackedCache(Cache):
 def can_pack(modules: Sequence[nn.Module], cache: Any) -> bool:
     """Whether attention modules can read packed rows, and their cache can be taken over.
 
-    They cannot where the attention function takes no mask, where tokens have several positions (images), where another
-    session answers the attention calls, and where a layer is of a kind of its own.
+    They cannot where the attention function takes no mask, where tokens have several positions (images), or columns of
+    the prompt are no columns of the cache (reduced images), where another session answers the attention calls, and
+    where a layer is of a kind of its own.
     """
+    if isinstance(cache, ConnectorCache):
+        return False
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, ReducedLayer)
     return len(modules) == len(cache.layers) > 0 and all(
         type(layer) in kinds

@@ -1,0 +1,71 @@
+"""Choosing among visual tokens, beside those that have to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget, share_out
+from ..core.tokenmap import TokenMap
+from ..core.view import Segment
+from .topk import keep_top
+
+
+def keep_beside(scores: Tensor, budget: Budget, mask: Tensor, protected: Tensor) -> TokenMap:
+    """Keep the best-scored tokens of each image in their order, and all protected ones, which the budget leaves out.
+
+    Args:
+        scores: ``(images, tokens)``.
+        budget: of the tokens that are not protected; of each image at least one stays.
+        mask, protected: ``(images, tokens)`` bool.
+
+    Returns:
+        A selection over ``(images,)``.
+    """
+    protected = protected & mask
+    counts = budget.tokens_of((mask & ~protected).sum(1)) + protected.sum(1)
+    scores = scores.to(torch.float32).masked_fill(protected, torch.inf)
+    kept = keep_top(scores.unsqueeze(1), counts, mask).kept.squeeze(1)
+    return TokenMap.keep(kept & mask)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """``total`` over ``parts`` as evenly as integers allow, the larger ones between the smaller ones."""
+    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]
+
+
+def share_segments(budget: Budget, segments: Sequence[Segment]) -> list[int]:
+    """How many tokens each segment keeps: in proportion to its size, in all what the budget says."""
+    sizes = [s.size for s in segments]
+    return share_out(budget.tokens(sum(sizes)), sizes, caps=sizes)
+
+
+def cells(h: int, w: int, count: int) -> tuple[Tensor, Tensor]:
+    """Divide a grid into exactly so many cells, about as high as wide: bands of rows, each cut into equal parts.
+
+    Where rows and columns divide evenly these are the windows of average pooling.
+
+    Returns:
+        ``(h·w,)`` int64, the cell of each token, and ``(count,)`` int64, the token in the middle of each cell.
+    """
+    bands = min(max(round((count * h / w) ** 0.5), -(-count // w), 1), h, count)
+    group = torch.empty(h, w, dtype=torch.int64)
+    middle, first = [], 0
+    for band, of_band in enumerate(spread(count, bands)):
+        top, bottom = band * h // bands, (band + 1) * h // bands
+        for cell in range(of_band):
+            left, right = cell * w // of_band, (cell + 1) * w // of_band
+            group[top:bottom, left:right] = first + cell
+            middle.append((top + bottom - 1) // 2 * w + (left + right - 1) // 2)
+        first += of_band
+    return group.flatten(), torch.tensor(middle)
+
+
+def beside_segments(segments: Sequence[Segment], n: int) -> Tensor:
+    """``(n,)`` bool: tokens that no segment has."""
+    out = torch.ones(n, dtype=torch.bool)
+    for segment in segments:
+        out[segment.numbers()] = False
+    return out
