@@ -22,6 +22,8 @@ _HOME = {
     "methods": "core.method",
     "apply": "api",
     "compress": "api",
+    "compress_messages": "api",
+    "acompress": "api",
     "pack": "models.prepacking",
     "load": "models.packs",
     "bench": "api",
@@ -30,7 +32,7 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from .api import apply, bench, compress, tune
+    from .api import acompress, apply, bench, compress, compress_messages, tune
     from .core.budget import Budget, Schedule
     from .core.errors import ThriftError
     from .core.method import method, methods

@@ -8,7 +8,7 @@ import tokenthrift as tt
 from tiny_models import fingerprint
 from tiny_vlms import IMAGE, batch, images, row, tiny_vlm
 from tokenthrift.core.tokenmap import TokenMap
-from tokenthrift.models.connector_stage import Pictures, Placed, prompt_map
+from tokenthrift.models.connector_maps import Pictures, Placed, prompt_map
 from tokenthrift.models.pictures import Picture
 
 QUARTER = "connector=random_tokens(keep=0.25)"

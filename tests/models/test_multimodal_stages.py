@@ -10,6 +10,20 @@ import tokenthrift as tt
 from tiny_models import fingerprint, tiny
 from tiny_vlms import EVERY, IMAGE, ROWS, alone, images, pictured, row, tiny_vlm
 from tokenthrift.core.errors import ThriftError
+from tokenthrift.core.method import method
+from tokenthrift.core.tokenmap import TokenMap
+
+TURNS = []
+
+
+@method("in_turn", stage="connector", paper="A test", needs=("mask",))
+class InTurn:
+    """Keep the first so many tokens of each image, as TURNS says, image by image."""
+
+    def reduce(self, view):
+        counts = torch.tensor([TURNS.pop(0) for _ in view.mask])
+        return TokenMap.keep(torch.arange(view.mask.shape[1]) < counts[:, None])
+
 
 QUARTER = "connector=random_tokens(keep=0.25, seed=3)"
 PLAIN = [f for f in EVERY if f not in ("llava_next", "llava_onevision")]
@@ -138,6 +152,15 @@ def test_without_a_cache(family):
         assert torch.equal(generated(model, inputs, use_cache=False), expected)
 
 
+@pytest.mark.parametrize("family", PLAIN)
+@torch.no_grad()
+def test_gaps_between_positions_are_no_borders(family):
+    model, inputs = tiny_vlm(family), alone(family, 1)
+    inputs.pop("attention_mask")
+    with tt.apply(QUARTER.replace(")", ", positions='original')"), model):
+        assert close(model(**inputs, use_cache=False).logits, model(**inputs, use_cache=True).logits)
+
+
 @pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm", "gemma3"])
 @pytest.mark.parametrize("positions", ["gapless", "original"])
 @torch.no_grad()
@@ -168,6 +191,34 @@ def test_later_turns_with_new_images(family, positions):
     assert close(torch.cat(got, 1), expected)
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@torch.no_grad()
+def test_a_later_image_that_stays_whole(family):
+    model, whole = tiny_vlm(family), row([5, 6], 36, [7], [9, 4], 36, [8])
+    inputs = pictured(family, [whole], 2)
+    TURNS[:] = [9, 36, 9, 36]
+    with tt.apply("connector=in_turn()", model) as session:
+        expected = model(**inputs).logits
+        cut = {k: v[:, :39] for k, v in inputs.items() if k != "pixel_values"}
+        cache = model(**cut, pixel_values=inputs["pixel_values"][:1], use_cache=True).past_key_values
+        more = {**inputs, "input_ids": inputs["input_ids"][:, 39:], "pixel_values": inputs["pixel_values"][1:]}
+        got = model(**more, past_key_values=cache).logits
+        assert session.report().stages["connector"].tokens_after == 90
+    assert close(got, expected[:, 39:])
+
+
+@torch.no_grad()
+def test_rows_as_long_as_each_other_that_keep_different_numbers():
+    model = tiny_vlm("llava")
+    rows = [row([5, 6] + [7] * 38, 36, [3]), row([5], 36, [6, 7, 8], 36, [3])]
+    inputs, pixels = pictured("llava", rows, 3), images(3)
+    with tt.apply(QUARTER, model):
+        together = model(**inputs).logits
+        for r, own in enumerate((pixels[:1], pixels[1:])):
+            one = {**pictured("llava", [rows[r]], 1), "pixel_values": own}
+            assert close(model(**one).logits[0], together[r])
+
+
 @torch.no_grad()
 def test_a_cache_goes_on_in_another_session_but_not_outside():
     model, inputs = tiny_vlm("llava"), pictured("llava", [ROWS[0]], 1)
@@ -185,15 +236,21 @@ def test_a_cache_goes_on_in_another_session_but_not_outside():
         assert cache.layers[0].keys.shape[2] == 18 + 5
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize("positions", ["gapless", "original"])
 @torch.no_grad()
-def test_a_turn_of_generation_after_another():
-    model, inputs = tiny_vlm("llava"), pictured("llava", [ROWS[0]], 1)
-    with tt.apply(QUARTER, model):
-        first = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+def test_a_turn_of_generation_after_another(family, positions):
+    model, inputs = tiny_vlm(family), alone(family, 0)
+    how = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, IMAGE + 1]}
+    with tt.apply(QUARTER.replace(")", f", positions='{positions}')"), model):
+        first = model.generate(**inputs, **how, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, torch.tensor([[4, 5, 6]])], 1)
-        again = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
-        expected = model.generate(ids, pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False)
-    assert torch.equal(again, expected)
+        again = model.generate(ids, past_key_values=first.past_key_values, **how)
+        given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in given:
+                given[name] = torch.nn.functional.pad(given[name], (0, ids.shape[1] - given[name].shape[1]))
+        assert torch.equal(again, model.generate(ids, **given, **how))
 
 
 @torch.no_grad()
@@ -240,18 +297,27 @@ def test_wrong_usage():
         few = pictured("llava", [row([5], 35, [7])], 1)
         with pytest.raises(ValueError, match="do not match"):
             model(**few)
-        with pytest.raises(ThriftError, match="made: make them inside"):
-            outside = tiny_vlm("llava").model.get_image_features(images(1))
-            model(pictured("llava", [ROWS[0]], 1)["input_ids"], mm_encoder_outputs={"image": outside})
         inputs = pictured("llava", [ROWS[0]], 1)
+        made = model.model.get_image_features(images(1))
+        expected = model(**inputs).logits
+        assert torch.equal(model(inputs["input_ids"], mm_encoder_outputs={"image": made}).logits, expected)
+    with tt.apply("connector=random_tokens(keep=0.5)", model), torch.no_grad():
+        for made_elsewhere in (made, tiny_vlm("llava").model.get_image_features(images(1))):
+            with pytest.raises(ThriftError, match="made: make them inside"):
+                model(inputs["input_ids"], mm_encoder_outputs={"image": made_elsewhere})
         with pytest.raises(ThriftError, match="cannot be dropped from a StaticCache"):
             model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=64))
         with pytest.raises(ThriftError, match="leave its with block"):
             tt.apply(QUARTER, model).install()
     with pytest.raises(ThriftError, match=r"no stage 'connector' here; it offers: text, prefill, cache"):
         tt.apply(QUARTER, tiny("llama"))
+    with tt.apply("prefill=gemfilter(budget=8)", model) as session, torch.no_grad():
+        text = {"input_ids": torch.randint(3, 80, (1, 30))}
+        assert generated(model, text).shape == (1, 4) and session.report().stages["prefill"].tokens_after == 8
+        with pytest.raises(ThriftError, match="reads prompts of text, and this one has images"):
+            generated(model, inputs)
     with pytest.raises(ThriftError, match="reads prompts of text"):
-        tt.apply("prefill=gemfilter()", model).install()
+        tt.apply(f"{QUARTER} prefill=gemfilter()", model).install()
     with pytest.raises(ThriftError, match="needs the whole grid"):
         tt.apply("vision=tome()", tiny_vlm("llava_next")).install()
     with pytest.raises(ThriftError, match="'segments' of an encoder whose tokens vision=tome reduces"):
@@ -319,3 +385,39 @@ def test_later_stages_are_told_which_columns_are_visual():
     assert seen[0].sum(1).tolist() == [9, 18] and seen[0].shape == (2, 24)
     assert seen[0][0].nonzero().min() == 24 - 14 + 2
     assert seen[1] is None and adapter.visual() is None
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@torch.no_grad()
+def test_visual_tokens_dropped_inside_the_language_model(family):
+    """FastV after one layer, against the layers run by hand; Qwen3-VL adds image features between layers."""
+    model, inputs = tiny_vlm(family, "eager"), alone(family, 1)
+    body, seen = model.model.language_model, {}
+    note = body.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
+    model(**inputs)
+    note.remove()
+    x, visual = seen["inputs_embeds"], inputs["input_ids"][0] == IMAGE
+    n, deep = x.shape[1], seen.get("deepstack_visual_embeds") or []
+    at = torch.arange(n)[None] if seen.get("position_ids") is None else seen["position_ids"]
+    turns = body.rotary_emb(x, at)
+    mask = torch.full((n, n), torch.finfo(torch.float32).min).triu(1)[None, None]
+    note = body.layers[0].self_attn.register_forward_hook(lambda _m, _i, out: seen.update(weights=out[1]))
+    x = body.layers[0](x, attention_mask=mask, position_embeddings=turns)
+    note.remove()
+    left = ~visual
+    left[seen["weights"][0, :, -1].mean(0).masked_fill(~visual, -1).topk(36).indices] = True
+    for i, layer in enumerate(body.layers):
+        if i:
+            x = layer(x, attention_mask=mask, position_embeddings=turns)
+        else:
+            which = left[visual]
+            x, mask, turns = x[:, left], mask[:, :, left][..., left], [t[..., left, :] for t in turns]
+        if i < len(deep):
+            x[0, visual[left]] += deep[i][which]
+    expected = model.lm_head(body.norm(x))[0]
+    with tt.apply("prefill=fastv(keep=36, layer=1)", model) as session:
+        assert close(model(**inputs).logits[0, left], expected)
+        assert session.report().stages["prefill"].kept < 1
+    with tt.apply(f"{QUARTER} prefill=fastv(keep=0.5, layer=1)", model) as session:
+        cache = model(**inputs).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [24, 15, 15]

@@ -49,6 +49,8 @@ UNSUPPORTED = {
     "youtu": (_MLA, "layer 0 (YoutuAttention) has multi-head latent attention (MLA)"),
 }
 PREFILL = {
+    "fastv": "fastv(layer=1)",
+    "pyramiddrop": "pyramiddrop",
     "dhsa": "dhsa",
     "spatten_cascade": "spatten_cascade",
     "gemfilter": "gemfilter(budget=8, layer=0)",

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 import tokenthrift as tt
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.view import Segment, View
-from tokenthrift.ops.visual_tokens import cells
+from tokenthrift.ops.visual_grids import cells
 
 NAMES = ["random_tokens", "uniform_tokens", "uniform_tokens(grid=True)", "center_tokens", "pool_tokens"]
 MOSAIC = (

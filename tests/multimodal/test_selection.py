@@ -229,7 +229,7 @@ def test_hiprune_keeps_the_neighbours_in_the_grid():
     assert chosen == [12 + 3, 12 + 6, 12 + 7, 12 + 11, 46, 47]
     chosen = kept(make("hiprune", keep=6, alpha=0.8, official=True).reduce(seen))[0]
     assert chosen == [12 + 3, 12 + 6, 12 + 7, 12 + 8, 12 + 11, 47]
-    assert len(kept(make("hiprune", keep=3, alpha=1.0).reduce(seen))[0]) == 3  # no room for anchors
+    assert kept(make("hiprune", keep=3, alpha=1.0).reduce(seen))[0] == [45, 46, 47]  # no room for an anchor and its own
 
 
 def test_hiprune_stays_within_a_frame():
@@ -253,6 +253,23 @@ def test_hired_gives_the_budget_to_the_crop_on_whose_area_cls_looks():
     per_part = make("hired", keep=40, official=True).reduce(seen).kept.view(5, 24).sum(1).tolist()
     assert per_part == [20, 5, 5, 5, 5]
     assert n == 124
+
+
+def test_hired_gives_the_whole_image_what_the_crops_cannot_hold():
+    per_part = make("hired", keep=0.9, alpha=0.1).reduce(view(crops())).kept[0]
+    assert [int(per_part[s.numbers()].sum()) for s in crops()[1]] == [12, 24, 24, 24, 24]
+
+
+def test_visionzip_gives_target_and_others_equal_parts():
+    """Of the six tokens that are left, two are targets: one token joins the first, three join the second."""
+    keys = torch.tensor([[9, 9], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1], [0, 1.0]])[None, None]
+    cls = torch.tensor([1, 0, 0, 0, 0, 0, 0.0])[None, None]
+    seen = plain_view(7, cls=lambda _: cls, keys=lambda _: keys)
+    map = make("visionzip", keep=3, contextual=2).reduce(seen)
+    half, sixth = 1 / 2, 1 / 6
+    wanted = [[1, 0, 0, 0, 0, 0, 0], [0, half, half, 0, 0, 0, 0], [0, 0, 0, sixth, half, sixth, sixth]]
+    torch.testing.assert_close(map.dense()[0], torch.tensor(wanted))
+    assert map.anchors[0].tolist() == [0, 1, 4]
 
 
 def test_hired_knows_areas_of_unequal_crops():
@@ -289,6 +306,13 @@ def test_aim_merges_within_frames_and_all_mass_stays():
     for sources in map.provenance():
         assert len({token // 12 for token, _ in sources[0]}) == 1
     assert (map.anchors // 12).tolist() == [[0] * 3 + [1] * 3 + [2] * 3 + [3] * 3] * 2
+
+
+def test_aim_leaves_a_token_of_each_frame():
+    segments = Segment(0, 1, 5, 6, "frame"), Segment(30, 1, 1, 2, "frame")
+    seen = plain_view(32, segments, features=torch.randn(1, 32, 4, generator=torch.Generator().manual_seed(0)))
+    assert make("aim", keep=2).reduce(seen).sizes().tolist() == [[30, 2]]
+    assert make("aim", keep=1).reduce(seen).sizes().tolist() == [[32]]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

@@ -8,11 +8,19 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tokenthrift.models.scoring import Scorer
+from tokenthrift.models.token_classifier import TokenClassifier
 
 PROSE = """Mr. Hale moved to Lisbon in 1998. He did not like the heat, but he stayed for eleven years!
 The rent was $412.50 a month; his sister Ana paid half of it. "Was it worth it?" she asked him once.
@@ -56,10 +64,51 @@ def scorer() -> Scorer:
     return Scorer(language_model(), tokenizer())
 
 
+@cache
+def classifier(positions: int = 64) -> TokenClassifier:
+    """A random token classifier that shares the tokenizer."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+        num_labels=2,
+    )
+    return TokenClassifier(BertForTokenClassification(config).eval(), tokenizer())
+
+
+@cache
+def sequence_classifier() -> tuple[AutoModelForSequenceClassification, PreTrainedTokenizerFast]:
+    """A random BERT of two labels, and a word-piece tokenizer for it."""
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces.train_from_iterator([PROSE], trainers.WordPieceTrainer(vocab_size=150, special_tokens=special))
+    around = [("[CLS]", 2), ("[SEP]", 3)]
+    pieces.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=160,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    return model, PreTrainedTokenizerFast(tokenizer_object=pieces, **names)
+
+
 class HashingEmbedder:
     """Bag of words: enough to tell which sentence shares words with a question."""
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, texts: Sequence[str], unit: bool = True) -> Tensor:
         rows = torch.zeros(len(texts), 256)
         for row, text in zip(rows, texts, strict=True):
             for word in re.findall(r"\w+", text.lower()):

@@ -12,9 +12,11 @@ from ..core.errors import ThriftError
 from .bench import bench
 from .calibrate import app as calibrate
 from .compress import compress
+from .distill import app as distill
 from .generate import generate
 from .methods import methods
 from .models import app as models
+from .serve import serve
 from .tune import tune
 
 app = typer.Typer(
@@ -24,10 +26,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # The commands' modules import neither torch nor transformers, so that help is instant.
-for command in (bench, tune, compress, methods, generate):
+for command in (bench, tune, compress, methods, generate, serve):
     app.command()(command)
 app.add_typer(models, name="models")
 app.add_typer(calibrate, name="calibrate")
+app.add_typer(distill, name="distill")
 
 
 @app.callback(invoke_without_command=True)

@@ -236,13 +236,19 @@ class Session:
 
     # ---- what users read --------------------------------------------------------------------------------------------
 
-    def compress(self, text: str, question: str | None = None) -> Any:
-        """Apply the plan's text stage to a prompt: a ``CompressedText`` (its ``.text`` is the prompt to tokenise)."""
+    def compress(self, text: str, question: str | None = None, *, protect: Any = None) -> Any:
+        """Apply the plan's text stage to a prompt: a ``CompressedText`` (its ``.text`` is the prompt to tokenise).
+
+        The methods run as they were published, which is what ``tokenthrift bench`` compares; with ``protect``, e.g.
+        ``"default"``, what it names survives, as in :func:`tokenthrift.compress`, and the result is checked.
+        """
         if self._compressor is None:
             raise ThriftError(
                 "compress needs the tokenizer: pass it as tokenthrift.apply(plan, model, processor=tokenizer)"
             )
-        out = self._compressor(self.plan.at("text"), text, question)
+        out = self._compressor(
+            self.plan.at("text"), text, question, **({} if protect is None else {"protect": protect})
+        )
         self.record("text", before=out.tokens_before, after=out.tokens_after, seconds=out.seconds)
         self.start_maps("text")
         self.add_map("text", out.map)

@@ -115,6 +115,8 @@ class View:
     ``memory``       attention                          dict, what the method remembers of this layer and cache
     ``shared``       attention                          dict, the same for all layers of the cache
     ``text``         text                               the prompt; ``question`` what will be asked, or None
+    ``protected_spans`` text                            ``(start, end, kind)`` of what must survive in the text;
+                                                        ``best_within`` keeps it without being told
     ``scorer``       text                               a causal language model for self-information
     ``embedder``     text                               a sentence embedder
     ``tokenizer``    text                               the user's tokenizer, which defines what a token is

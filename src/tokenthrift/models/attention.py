@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -186,12 +186,16 @@ def _attention_over(base: str) -> Callable[..., Any]:
     return attention
 
 
+class OwnCache(DynamicCache):
+    """A cache of the library's, for forwards that are not the user's: sessions leave it alone."""
+
+
 def cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
-    """The cache that a module is called with, if any: its name and place differ between models."""
+    """The cache that a module is called with, if any, but for our own: its name and place differ between models."""
     cache = kwargs.get("past_key_values")  # what nearly all of them call it
-    if isinstance(cache, Cache):
-        return cache
-    return next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+    if not isinstance(cache, Cache):
+        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+    return None if isinstance(cache, OwnCache) else cache
 
 
 def real_tokens(mask: Tensor) -> Tensor:

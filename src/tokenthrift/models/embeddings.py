@@ -12,8 +12,16 @@ from tokenthrift.core.errors import ThriftError
 
 
 @torch.inference_mode()
-def embed(texts: Sequence[str], model: Any, tokenizer: Any, *, batch_size: int = 32, max_length: int = 256) -> Tensor:
-    """One row per text: (len(texts), hidden) float32 on the CPU, each of length 1, in the order given.
+def embed(
+    texts: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    max_length: int = 256,
+    unit: bool = True,
+) -> Tensor:
+    """One row per text: (len(texts), hidden) float32 on the CPU, each of length 1 if `unit`, in the order given.
 
     Texts are cut at `max_length` tokens (256 is what all-MiniLM-L6-v2 was trained for) and batched by length, so that
     little of a batch is padding; the result does not depend on it beyond rounding. Raises ThriftError if `texts` is a
@@ -33,5 +41,5 @@ def embed(texts: Sequence[str], model: Any, tokenizer: Any, *, batch_size: int =
         hidden = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        result[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu()
+        result[rows] = (torch.nn.functional.normalize(mean, dim=-1) if unit else mean).cpu()
     return result

@@ -16,6 +16,7 @@ from ..core.session import Session
 from .decoder import DecoderAdapter, find_attentions
 from .encoder import EncoderAdapter, find_encoder, has, part
 from .pictures import Picture, Seen, read_blocks, read_merged, read_packed, read_rows
+from .replacing import replace_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class MultimodalAdapter:
         return None if self._connector is None else self._connector.visual
 
     def pictures(self) -> list[Any]:
-        """The images of the last prompt: :class:`~tokenthrift.models.connector_stage.Placed`, with ``row``, the
+        """The images of the last prompt: :class:`~tokenthrift.models.connector_maps.Placed`, with ``row``, the
         ``columns`` of the prompt as the user wrote it, and ``picture.segments``."""
         return [] if self._connector is None else self._connector.placed
 
@@ -145,31 +146,42 @@ class MultimodalAdapter:
             raise ThriftError(f"stage '{stage}' takes one method at a time here, the plan has {len(methods)}")
         from .connector_stage import install_connector
 
+        visual = "visual" in methods[0].info.needs
         if stage == "vision":
             self._install_vision(methods[0], session, undo)
         joins = stage == "vision" and self.reduced and not {"connector", "prefill"} & set(session.plan.stages)
-        if stage == "connector" or joins or (stage == "prefill" and not self._attached):
+        if stage == "connector" or joins or (stage == "prefill" and visual and not self._attached):
             undo.callback(setattr, self, "_attached", False)
             self._attached = True
             method = methods[0] if stage == "connector" else None
             self._connector = install_connector(self, method, session, undo)
-        if stage == "vision":
-            return
-        if stage == "connector":
             self.decoder.count(session, undo)
+        if stage in ("vision", "connector"):
             return
-        if stage == "prefill":
-            if "visual" not in methods[0].info.needs:
-                kind = type(self.model).__name__
-                raise ThriftError(
-                    f"prefill={methods[0].info.name} reads prompts of text, and {kind} has images: "
-                    "use connector=..., or a prefill method that drops visual tokens"
-                )
+        if stage != "prefill":
+            self.decoder.install(stage, methods, session, undo)
+        elif visual:
             # What the language model gets is decided before its prompt is looked at.
             with self._connector.lifted(undo):
                 self.reader.install(stage, methods, session, undo)
-            return
-        self.decoder.install(stage, methods, session, undo)
+        else:
+            self._install_for_text(methods[0], session, undo)
+
+    def _install_for_text(self, method: Any, session: Session, undo: ExitStack) -> None:
+        """A prefill method that reads prompts of text: those with images are refused."""
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise ThriftError(
+                f"prefill={method.info.name} reads prompts of text, and this one has images: use connector=..., or a "
+                "prefill method that drops visual tokens"
+            )
+
+        if {"vision", "connector"} & set(session.plan.stages):
+            refuse()
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(self.inner, name):
+                replace_method(self.inner, name, refuse, undo)
+        self.decoder.install("prefill", [method], session, undo)
 
     def _install_vision(self, method: Any, session: Session, undo: ExitStack) -> None:
         name, kind = f"vision={method.info.name}", type(self.model).__name__
@@ -183,6 +195,11 @@ class MultimodalAdapter:
             raise ThriftError(
                 f"the connector of {kind} needs the whole grid of patches, which {name} reduces: use connector=..., or "
                 "a vision method that acts around a sub-layer"
+            )
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        if isinstance(layers, list | tuple) and not around:
+            raise ThriftError(
+                f"{name} leaves other tokens in each of the layers {list(layers)} that {kind} reads: use connector=..."
             )
         adapter = EncoderAdapter(self.encoder if self.family.flexible else self.model)
         undo.callback(setattr, self, "reduced", False)

@@ -116,6 +116,7 @@ def _replace_forward(
         real = _prompt_of(call, embeds)
         return plain(*args, **kwargs) if real is None else runtime(call, real, plain)
 
+    forward.plain = plain  # type: ignore[attr-defined]  # for what reads texts of its own beside the session
     undo.callback(partial(setattr, model, "forward", plain) if own else partial(delattr, model, "forward"))
     model.forward = forward
 

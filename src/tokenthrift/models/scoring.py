@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch.nn.functional import cross_entropy
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, encode, token_spans
 from .decoder import context_length
+
+if TYPE_CHECKING:
+    from .reading import Reading
 
 
 class Scorer:
@@ -129,21 +132,38 @@ class Scorer:
         return [nats[i, :length] for i, length in enumerate(lengths)]
 
     def _next_token_nats(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """``-ln p(ids[:, t + 1] | ids[:, : t + 1])``; only so many logits at a time as :data:`LOGITS` allows."""
-        targets = ids[:, 1:].flatten()
+        """``-ln p(ids[:, t + 1] | ids[:, : t + 1])``."""
+        states = self.states(input_ids=ids, attention_mask=mask, use_cache=False)[:, :-1].flatten(0, 1)
+        return self.nats(states, ids[:, 1:].flatten()).view(len(ids), -1)
+
+    def states(self, **inputs: Any) -> Tensor:
+        """What :meth:`nats` takes: hidden states where the head is all that follows them, or else logits."""
         if self._head is None:
-            logits = (
-                self.model.forward(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
-            )
-            return cross_entropy(logits.float(), targets, reduction="none").view(len(ids), -1)
-        body = self.model.base_model
-        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1].flatten(0, 1)
+            return self._logits(**inputs)
+        hidden: Tensor = self.model.base_model(**inputs)[0]
+        return hidden
+
+    def _logits(self, **inputs: Any) -> Tensor:
+        """Of the model's own forward: a session's prefill stage puts another in its place, for the user's prompts."""
+        logits: Tensor = type(self.model).forward(self.model, **inputs).logits
+        return logits
+
+    def nats(self, states: Tensor, targets: Tensor) -> Tensor:
+        """``-ln p`` of each target given its state; only so many logits at a time as :data:`LOGITS` allows."""
+        if self._head is None:
+            return cross_entropy(states.float(), targets, reduction="none")
         step = max(1, LOGITS // self._head.weight.shape[0])
         parts = [
             cross_entropy(self._head(h).float(), t, reduction="none")
-            for h, t in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
+            for h, t in zip(torch.split(states, step), torch.split(targets, step), strict=True)
         ]
-        return torch.cat(parts).view(len(ids), -1) if parts else targets.new_empty(len(ids), 0, dtype=torch.float32)
+        return torch.cat(parts) if parts else targets.new_empty(0, dtype=torch.float32)
+
+    def reading(self, start: bool = True) -> Reading:
+        """Reads one text step by step, with a cache; with ``start`` behind the token that starts documents."""
+        from .reading import Reading
+
+        return Reading(self, self.prefix if start else None)
 
     @cached_property
     def _head(self) -> Any:
@@ -152,7 +172,7 @@ class Scorer:
         if body is self.model:
             return None
         probe = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
-        logits = self.model.forward(input_ids=probe, use_cache=False).logits
+        logits = self._logits(input_ids=probe, use_cache=False)
         plain = head(body(input_ids=probe, use_cache=False)[0])
         return head if torch.allclose(plain.float(), logits.float(), rtol=1e-3, atol=1e-3) else None
 
@@ -172,14 +192,21 @@ LOGITS = 2**24
 
 
 class Embedder:
-    """Sentence embeddings of unit length: mean pooling over an encoder such as all-MiniLM-L6-v2."""
+    """Sentence embeddings of unit length: mean pooling over an encoder such as all-MiniLM-L6-v2.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    Args:
+        model: a ``transformers`` encoder.
+        tokenizer: its tokenizer.
+        max_length: tokens at which texts are cut.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int = 256) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.max_length = max_length
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """``(len(texts), dim)``, rows in the order given."""
+    def embed(self, texts: Sequence[str], unit: bool = True) -> Tensor:
+        """``(len(texts), dim)``, rows in the order given; without ``unit`` of the length that the mean has."""
         from .embeddings import embed
 
-        return embed(texts, self.model, self.tokenizer)
+        return embed(texts, self.model, self.tokenizer, max_length=self.max_length, unit=unit)

@@ -11,7 +11,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.matching import bipartite_soft_matching
 from ..ops.visual import keep_all, to_keep
-from .positions import check_positions
+from .parameters import check_positions
 
 
 @method(

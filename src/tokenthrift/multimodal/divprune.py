@@ -8,7 +8,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.diversity import max_min_diversity
 from ..ops.visual import keep_all, keep_chosen, to_keep
-from .positions import check_positions
+from .parameters import check_positions
 
 
 @method(

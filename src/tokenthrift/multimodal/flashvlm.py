@@ -12,8 +12,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.visual import keep_all, keep_chosen, to_keep
-from .parameters import check_share, encoder_layer
-from .positions import check_positions
+from .parameters import check_positions, check_share, encoder_layer
 
 WORDS = 0.05
 """Temperature of the softmax by which a visual token weighs the words of the prompt."""

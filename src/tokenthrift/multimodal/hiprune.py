@@ -11,8 +11,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import top_mask
 from ..ops.visual import keep_all, keep_chosen, neighbours, to_keep
-from .parameters import check_share, encoder_layer
-from .positions import check_positions
+from .parameters import check_positions, check_share, encoder_layer
 
 
 @method(

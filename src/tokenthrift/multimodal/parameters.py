@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.errors import ThriftError
+from ..core.errors import ThriftError, did_you_mean
+from ..models.connector_positions import POLICIES
 
 
 def check_share(method: str, name: str, share: float) -> None:
@@ -22,3 +23,13 @@ def encoder_layer(method: str, name: str, layer: int, count: int) -> int:
             f"{method} {name}={layer}: the encoder has {count} layers; name one of {-count} to {count - 1}"
         )
     return layer % count
+
+
+def check_positions(name: str, positions: str) -> None:
+    """Refuse a policy that there is not.
+
+    Raises:
+        ThriftError: names the policies.
+    """
+    if positions not in POLICIES:
+        raise ThriftError(f"{name} has no positions={positions!r}: {did_you_mean(str(positions), POLICIES)}")

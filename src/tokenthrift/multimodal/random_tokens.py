@@ -8,8 +8,9 @@ from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.visual_tokens import keep_beside
-from .positions import check_positions
+from ..ops.topk import top_mask
+from ..ops.visual import keep_all, keep_chosen, to_keep
+from .parameters import check_positions
 
 
 @method(
@@ -41,7 +42,11 @@ class RandomTokens:
         check_positions("random_tokens", self.positions)
 
     def reduce(self, view: View) -> TokenMap:
+        wanted = to_keep(view, self.keep)
+        if wanted is None:
+            return keep_all(view)
+        free, counts = wanted
         # Drawn on the CPU, so that every device keeps the same tokens.
         drawn = torch.rand(view.mask.shape[1], generator=torch.Generator().manual_seed(self.seed))
         scores = drawn.to(view.mask.device).expand(view.mask.shape)
-        return keep_beside(scores, Budget.of(self.keep), view.mask, view.protected)
+        return keep_chosen(view, top_mask(scores, counts, free))

@@ -8,8 +8,8 @@ from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.visual_tokens import beside_segments, cells, share_segments, spread
-from .positions import check_positions
+from ..ops.visual_grids import beside_segments, cells, share_segments, spread
+from .parameters import check_positions
 
 
 @method(

@@ -9,8 +9,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import top_mask
 from ..ops.visual import keep_all, keep_chosen, to_keep
-from .parameters import encoder_layer
-from .positions import check_positions
+from .parameters import check_positions, encoder_layer
 
 
 @method(

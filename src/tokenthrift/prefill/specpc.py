@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError
@@ -14,6 +13,7 @@ from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..models.drafts import as_draft
+from ..ops.draft_scores import score_of_layer, score_of_steps, smoothed
 
 
 @method(
@@ -80,23 +80,16 @@ class SpecPC:
 
     def of_layer(self, attention: Tensor) -> Tensor:
         """What one layer says: ``(batch, heads, queries, keys)`` to ``(batch, keys)``."""
-        if attention.shape[2] > 1 and self.weighted:
-            attention = attention * torch.linspace(0, 1, attention.shape[2], device=attention.device)[:, None]
-        return attention.amax((1, 2)) if self.reduction == "max" else attention.sum((1, 2))
+        return score_of_layer(attention, self.reduction, self.weighted)
 
     def score(self, steps: list[list[Tensor]]) -> Tensor:
         """What all layers say at all steps, the prompt's first: ``(batch, tokens)``."""
-        n = steps[0][0].shape[-1]
-        stacked = torch.stack([torch.stack([layer[:, :n] for layer in layers]) for layers in steps])
-        return stacked.amax((0, 1)) if self.reduction == "max" else stacked.sum((0, 1))
+        return score_of_steps(steps, self.reduction)
 
     def choose(self, scores: Tensor, capacity: int) -> Tensor:
         """The indices of at most ``capacity`` tokens, ascending, by the scores of one prompt ``(tokens,)``."""
-        n, left = len(scores), (self.kernel - 1) // 2
-        window = min(self.window, capacity)
-        if self.pool != "none":
-            pool = max_pool1d if self.pool == "max" else avg_pool1d
-            scores = pool(pad(scores[None], (left, self.kernel - 1 - left)), self.kernel, stride=1)[0]
+        n, window = len(scores), min(self.window, capacity)
+        scores = smoothed(scores[None], self.kernel, self.pool)[0]
         best = scores.topk(min(capacity, n)).indices if capacity < n else torch.arange(n, device=scores.device)
         near = self.kernel if self.neighbours is None else self.neighbours
         if near:

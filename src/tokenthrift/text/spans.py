@@ -17,14 +17,14 @@ from ..core.tokenmap import TokenMap
 from ..ops.tokens import Span
 
 # Scripts written without spaces: each character counts as a word.
-_SOLID = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+SOLID = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 # Letters, digits and the marks that combine with letters, which \w leaves out.
-_LETTER = rf"(?:[^\W{_SOLID}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0eff\u200c])"
-_NAME = rf"{_LETTER}+(?:(?:[-'’.:/@+&=%#~?\\]++|(?<=\d),(?=\d{{3}}(?!\d))){_LETTER}+)*"
+_LETTER = rf"(?:[^\W{SOLID}]|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0eff\u200c])"
+NAME = rf"{_LETTER}+(?:(?:[-'’.:/@+&=%#~?\\]++|(?<=\d),(?=\d{{3}}(?!\d))){_LETTER}+)*"
 _EMOJI = r"[\U0001f1e6-\U0001f1ff]{2}|[^\w\s](?:[\ufe0f\U0001f3fb-\U0001f3ff]|\u200d[^\w\s])+"
-_WORD = re.compile(rf"\s*+(?:{_NAME}|[{_SOLID}]|{_EMOJI}|([^\w\s])\1*|\S|\Z)")
+_WORD = re.compile(rf"\s*+(?:{NAME}|[{SOLID}]|{_EMOJI}|([^\w\s])\1*|\S|\Z)")
 
-_FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[^\n]*(?:\n\s*)?|\Z)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[^\n]*(?:\n\s*)?|\Z)", re.MULTILINE | re.DOTALL)
 _STOP = re.compile(
     r"""(?P<mark>(?<![.!?…])[.!?…]++[)\]"'”’*_`]*+(?!\S)\s*)"""
     r"""|(?<![。！？])[。！？]++[」』”’）]*+\s*"""
@@ -97,7 +97,7 @@ def sentences(text: str) -> list[Span]:
 def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
     """The text's fenced code blocks and what lies between them."""
     done = 0
-    for fence in _FENCE.finditer(text):
+    for fence in FENCE.finditer(text):
         yield done, fence.start(), False
         yield *fence.span(), True
         done = fence.end()
@@ -143,10 +143,64 @@ def disjoint(spans: Iterable[Span]) -> list[Span]:
     return out
 
 
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """The same characters in as few spans as possible; the order stays."""
+    out: list[Span] = []
+    for start, end in spans:
+        if out and out[-1][1] == start:
+            out[-1] = (out[-1][0], end)
+        elif start < end:
+            out.append((start, end))
+    return out
+
+
+_IN_WORD = re.compile(_LETTER)
+
+
+_OPENS = frozenset("([{«“‘「『（")
+_CLOSES = frozenset(",.;:!?…)]}»”’'\"%。，、；：！？」』）】》")
+_SOLID = re.compile(f"[{SOLID}]")
+_MARKS = re.compile(r"[^\w\s]++\s*+|\s++")
+
+
+def bridges(text: str, spans: Iterable[Span]) -> list[Span]:
+    """The spans, in order, with what keeps them apart where something was left out between them.
+
+    The white space before a span stays unless white space comes before it anyway. Where two spans would still touch, so
+    do the marks and the white space behind the earlier one. Each is a span of the text. Brackets and punctuation may
+    touch the words that they would belong to, characters of scripts without spaces their neighbours, and parts of one
+    word each other.
+    """
+    out: list[Span] = []
+    for start, end in spans:
+        left = out[-1][1] if out else start
+        if left < start and not text[left - 1].isspace():
+            if text[start - 1].isspace():
+                blank = start - 1
+                while blank > left and text[blank - 1].isspace():
+                    blank -= 1
+                out.append((blank, start))
+            elif _should_not_touch(text, left, start) and (marks := _MARKS.match(text, left, start)):
+                out.append(marks.span())
+        out.append((start, end))
+    return out
+
+
+def _should_not_touch(text: str, left: int, start: int) -> bool:
+    """Whether what ends at ``left`` and what begins at ``start`` would read as one."""
+    last, first = text[left - 1], text[start]
+    if first.isspace() or last in _OPENS or first in _CLOSES or _SOLID.match(last) or _SOLID.match(first):
+        return False
+    torn = _IN_WORD.match(first) and _IN_WORD.match(text[start - 1])  # part of a word, as tokens are
+    return not torn and not _IN_WORD.match(text[left])
+
+
 def spans_to_map(spans: Iterable[Span], n_chars: int) -> TokenMap:
     """The selection that keeps these characters, in this order: ``n_chars`` characters to those of the spans."""
-    kept = [torch.arange(start, end) for start, end in spans]
-    index = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
+    edges = torch.tensor(merged(spans), dtype=torch.int64).reshape(-1, 2)
+    lengths = edges[:, 1] - edges[:, 0]
+    first = lengths.cumsum(0) - lengths  # where each span begins in the result
+    index = torch.arange(int(lengths.sum())) + (edges[:, 0] - first).repeat_interleave(lengths)
     return TokenMap.select(index.unsqueeze(0), n_chars)
 
 

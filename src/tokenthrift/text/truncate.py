@@ -9,8 +9,10 @@ from ..core.errors import ThriftError, did_you_mean
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.tokens import token_spans
-from .spans import spans_to_map, words
+from ..ops.tokens import Span, token_spans
+from .protect import OF_A_SENTENCE, missing
+from .selection import best_within
+from .spans import merged, spans_to_map, words
 
 
 @method("truncate", stage="text", paper="baseline: plain truncation", needs=("text", "tokenizer"))
@@ -19,6 +21,7 @@ class Truncate:
 
     The cut lies at a token boundary of the user's tokenizer and never inside a word, so up to a word less than the
     budget is kept. Only where not even one word fits (a line of base64, say) is that word cut, between two tokens.
+    Protected spans are kept wherever they are, and count.
 
     Attributes:
         rate: share of the tokens to keep, in (0, 1]; an int is a number of tokens.
@@ -37,6 +40,8 @@ class Truncate:
 
     def reduce(self, view: View) -> TokenMap:
         text = view.text
+        if "protected_spans" in view and view.protected_spans:
+            return spans_to_map(self._around(view, text), len(text))
         tokens = token_spans(view.tokenizer, text)
         target = Budget.of(self.rate).tokens(len(tokens))
         if target == len(tokens):
@@ -52,3 +57,17 @@ class Truncate:
         if head == 0 and tail == len(text):
             head, tail = first_dropped, last_dropped
         return spans_to_map([(0, head), (tail, len(text))], len(text))
+
+    def _around(self, view: View, text: str) -> list[Span]:
+        """The same where spans are protected: they stay, and the words at the ends fill what is left of the budget."""
+        units = words(text)
+        n = len(units)
+        near = {"head": range(n, 0, -1), "tail": range(n), "middle": [abs(2 * i - n + 1) for i in range(n)]}[self.where]
+        stays = [p for p in view.protected_spans if p.kind not in OF_A_SENTENCE]
+        for _ in range(3):  # what the cut tears out of its sentence stays, which moves the cut
+            spans = [(start, end) for start, end, _ in stays]
+            kept = best_within(text, units, near, self.rate, view.tokenizer, protect=spans, fill=False)
+            if not (lost := missing(text, view.protected_spans, merged(kept))):
+                break
+            stays = sorted([*stays, *lost])
+        return kept

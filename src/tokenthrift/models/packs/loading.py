@@ -75,6 +75,11 @@ def load(
     return model.to(place).eval(), companion
 
 
+def folder_of(name: str) -> Path:
+    """The folder of a pack, a folder, or the local copy of a hub repository's safe files."""
+    return _locate(name)[0]
+
+
 def _locate(name: str) -> tuple[Path, str | None]:
     """The folder to load from, and the pack's name if it is one. A pack's name wins over a folder of that name."""
     if name in PACKS:

@@ -1,0 +1,90 @@
+"""Reading a text that is rewritten on the way: how surprising its last tokens are, with a cache of what stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import OwnCache
+from .decoder import context_length
+
+if TYPE_CHECKING:
+    from .scoring import Scorer
+
+
+class Reading:
+    """The tokens of one text under a scorer's model, most of them read only once.
+
+    Every call of :meth:`surprise` gives the whole text as it is by then. What it has in common with the text of the
+    call before stays in the key/value cache; only what comes behind is computed.
+
+    Args:
+        scorer: whose model reads.
+        first: the token before all others, or None: the first token of a text is then as surprising as one drawn
+            blindly, ``ln(vocabulary size)``.
+    """
+
+    def __init__(self, scorer: Scorer, first: int | None) -> None:
+        self.scorer = scorer
+        self.first = first
+        # A cache without the model's config keeps every token, in layers with a sliding window too: it can be cut.
+        self._cache = OwnCache()
+        self._read: list[int] = []
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens the model's positions allow, the first included; None: any number."""
+        return context_length(self.scorer.model)
+
+    @torch.inference_mode()
+    def surprise(self, ids: Sequence[int], last: int, fixed: int = 0) -> Tensor:
+        """``-ln p`` of the last so many tokens of ``ids``, each given all before it, on the CPU.
+
+        Where there are more tokens than the model has positions, those behind the first ``fixed`` are forgotten, half
+        of the room at a time, so that what is cached holds for many calls.
+        """
+        ids = self._shortened(list(ids), fixed)
+        last = min(last, len(ids))
+        if self.first is not None:
+            ids = [self.first, *ids]
+        # The token before the first that is asked for has to be computed again: its state is what predicts.
+        known = max(0, min(_common(self._read, ids), len(ids) - last - 1, len(ids) - 1))
+        if last == 0:
+            return torch.zeros(0)
+        if getattr(self.scorer.model, "_is_stateful", False):
+            known = 0  # a recurrent state cannot be cut
+            self._cache = OwnCache(config=self.scorer.model.config)
+        elif known == 0:
+            self._cache = OwnCache()
+        elif known < len(self._read):
+            self._cache.crop(known - len(self._read))  # a negative number says how many tokens go
+        device = self.scorer.model.device
+        fed = torch.tensor([ids[known:]], device=device)
+        nats = torch.zeros(0)
+        if len(ids) - known > 1:
+            states = self.scorer.states(input_ids=fed[:, :-1], past_key_values=self._cache, use_cache=True)[0]
+            wanted = min(last, len(ids) - known - 1)
+            nats = self.scorer.nats(states[-wanted:], fed[0, -wanted:]).float().cpu()
+        self._read = ids[:-1]
+        if len(nats) < last:  # only the very first token is left without a prediction
+            blind = math.log(self.scorer.model.get_output_embeddings().weight.shape[0])
+            nats = torch.cat([torch.full((last - len(nats),), blind), nats])
+        return nats
+
+    def _shortened(self, ids: list[int], fixed: int) -> list[int]:
+        room = None if self.limit is None else self.limit - (self.first is not None)
+        if room is None or len(ids) <= room:
+            return ids
+        fixed = min(fixed, room // 2)
+        step = max(1, (room - fixed) // 2)
+        drop = math.ceil((len(ids) - room) / step) * step
+        return ids[:fixed] + ids[fixed + drop :]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

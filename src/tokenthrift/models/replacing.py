@@ -1,0 +1,21 @@
+"""Methods of one object, replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial, wraps
+from typing import Any
+
+
+def replace_method(owner: Any, name: str, wrapper: Callable[..., Any], undo: ExitStack) -> Callable[..., Any]:
+    """Put ``wrapper``, which is given the plain function first, in the place of a method of one object."""
+    plain, own = getattr(owner, name), name in vars(owner)
+
+    @wraps(plain)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(plain, *args, **kwargs)
+
+    undo.callback(partial(setattr, owner, name, plain) if own else partial(vars(owner).pop, name, None))
+    setattr(owner, name, replaced)
+    return replaced
