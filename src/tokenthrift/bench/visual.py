@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..api import apply
 from ..core.plan import Plan
 from ..core.tokenmap import TokenMap
+from ..models.connector_features import map_up_to
 from .language import Clock, cache_bytes
 from .scene_questions import WORDINGS, Question
 from .seeing import Asked, evaluate, prompt
@@ -63,10 +65,9 @@ class VisualBench:
         inputs = self._inputs(asked, question)
         with apply(plan, self.model, processor=self.processor) as session:
             out = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-            maps = session.provenance()
+            left = patches(session, (inputs["input_ids"][0] == self.processor.image_token_id).nonzero().squeeze(-1))
         [answer] = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        columns = (inputs["input_ids"][0] == self.processor.image_token_id).nonzero().squeeze(-1)
-        return patches(maps, columns), answer.strip()
+        return left, answer.strip()
 
     def grid(self, asked: Asked) -> tuple[int, int]:
         """Rows and columns of the image's patches."""
@@ -85,26 +86,24 @@ class VisualBench:
         return perf_counter()
 
 
-def patches(maps: dict[str, Any], columns: Tensor) -> TokenMap | None:
-    """From an image's patches to the tokens that are left of them, over all stages that have one map; None without any.
+def patches(session: Any, columns: Tensor) -> TokenMap | None:
+    """From an image's patches to the tokens that are left of them, over all stages with one map; None without any.
 
     Args:
-        maps: ``session.provenance()`` of one prompt with one image.
-        columns: of the prompt that its tokens were given.
+        session: after one prompt with one image, read by an encoder that gives the connector all tokens but CLS.
+        columns: of the prompt, one for each patch.
     """
+    maps, encoder = session.provenance(), session.maps("vision")
     chain = [maps[s] for s in ("connector", "prefill") if isinstance(maps.get(s), TokenMap)]
-    encoder = maps.get("vision")
-    if not chain and not isinstance(encoder, TokenMap):
+    if not chain and not encoder:
         return None
-    group = torch.arange(len(columns))
-    if chain:
-        whole = chain[0]
-        for map in chain[1:]:
-            whole = whole.then(map)
-        group = whole.owner[0, columns].cpu()
-    if isinstance(encoder, TokenMap):  # the connector leaves out CLS, the first token before and after
-        token = encoder.owner[0, 1:].cpu() - 1
-        group = torch.where(token >= 0, group[token.clamp(min=0)], -1)
+    group = reduce(TokenMap.then, chain).owner[0, columns].cpu() if chain else torch.arange(len(columns))
+    [picture] = session.adapter.pictures() or [None]
+    merged = map_up_to(encoder, 1 + len(picture.columns)) if picture is not None else None
+    if merged is not None:  # a token of the encoder stands at the patch that is its anchor; CLS is the first
+        token = merged.owner[0, 1:].cpu()
+        stands = merged.anchors[0].cpu()[token.clamp(min=0)] - 1
+        group = torch.where((token >= 0) & (stands >= 0), group[stands.clamp(min=0)], -1)
     kept, number = group[group >= 0].unique(return_inverse=True)
     group[group >= 0] = number
     return TokenMap.merge(group.unsqueeze(0), n_out=len(kept))
