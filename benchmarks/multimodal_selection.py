@@ -16,33 +16,17 @@ import argparse
 import statistics
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenthrift as tt
 from tokenthrift.core.method import find
-from tokenthrift.core.view import Lazy, View
+from tokenthrift.core.view import Lazy, Segment, View
 from tokenthrift.ops.diversity import max_min_diversity
 
 SIDE, HEADS, HEAD_DIM, LAYERS = 24, 16, 64, 24
-
-
-class Segment(NamedTuple):
-    """A whole image, or a crop of it."""
-
-    start: int
-    t: int
-    h: int
-    w: int
-    kind: str
-    row: int
-    col: int
-
-    def numbers(self, device: torch.device | str = "cpu") -> Tensor:
-        """Its tokens."""
-        return torch.arange(self.start, self.start + self.t * self.h * self.w, device=device)
 
 
 def view_of(n: int, dim: int) -> View:

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from tokenthrift.core.view import Lazy, View
+from tokenthrift.core.view import Lazy, Segment, View
 
 CONNECTOR = ["divprune", "vtc_cls", "visionzip", "hiprune", "hired", "flashvlm", "aim"]
 LAYERS = 8
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Where some of the tokens are: in raster order from ``start`` on, or at ``index``."""
-
-    start: int
-    t: int
-    h: int
-    w: int
-    kind: str = "image"
-    row: int = 0
-    col: int = 0
-    index: torch.Tensor | None = None
-
-    def numbers(self, device="cpu"):
-        if self.index is not None:
-            return self.index.flatten().to(device)
-        return torch.arange(self.start, self.start + self.t * self.h * self.w, device=device)
 
 
 def one_grid(h, w):
@@ -53,7 +32,7 @@ def mosaic(h=4, w=3, rows=2, cols=3):
     segments = [Segment(0, 1, h, w)]
     for row in range(rows):
         for col in range(cols):
-            index = place[row * h : (row + 1) * h, col * w : (col + 1) * w]
+            index = place[row * h : (row + 1) * h, col * w : (col + 1) * w].flatten()
             segments.append(Segment(-1, 1, h, w, "crop", row, col, index))
     return first + rows * h * width, tuple(segments), place[:, -1].tolist()
 
