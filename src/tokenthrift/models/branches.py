@@ -14,6 +14,7 @@ from ..decoding.draft import ROOT, Draft
 from .attention import Watcher, watching_instead
 from .decoder import find_attentions
 from .packed import PackedCache, Step, can_pack, packed_attention
+from .replacing import plain_forward
 
 TOKENS = 256
 """Tokens of continuations that go through the model at once: their logits are what takes memory."""
@@ -56,16 +57,10 @@ def branch_logits(
             return found
     for done, branch in enumerate(branches):
         ids = torch.tensor([[*shared, *branch]], device=model.device)
-        found[done] = _forward(model)(input_ids=ids, use_cache=False).logits[0, -1, list(pick)].float().cpu()
+        found[done] = plain_forward(model)(input_ids=ids, use_cache=False).logits[0, -1, list(pick)].float().cpu()
         if progress is not None:
             progress(done + 1, len(branches))
     return found
-
-
-def _forward(model: Any) -> Callable[..., Any]:
-    """The model's own forward, without a prefill stage's around it."""
-    forward: Callable[..., Any] = getattr(model.forward, "plain", model.forward)
-    return forward
 
 
 def _groups(branches: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -85,7 +80,7 @@ def _read(model: Any, ids: Sequence[int]) -> Any:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     tokens = torch.tensor([list(ids)], device=model.device)
-    return _forward(model)(input_ids=tokens, past_key_values=cache, use_cache=True, **kept).past_key_values
+    return plain_forward(model)(input_ids=tokens, past_key_values=cache, use_cache=True, **kept).past_key_values
 
 
 def _read_tree(
@@ -102,7 +97,7 @@ def _read_tree(
     cache.packing.step = Step([Draft(tokens, parents)], model.device)
     keep = "logits_to_keep" in signature(model.forward).parameters
     with packed_attention(modules, cache):
-        out = _forward(model)(
+        out = plain_forward(model)(
             input_ids=torch.tensor([[last, *tokens]], device=model.device),
             position_ids=torch.tensor([cache.packing.positions()], device=model.device),
             past_key_values=cache,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from .cache_stage import CacheWatcher
 from .depth import Depth
 from .kv import ReducedLayer
 from .layer_kinds import check_windows
+from .replacing import replace_method
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -87,9 +88,7 @@ def install_cascade(
     check_windows(adapter, f"prefill={name}")
     run = Cascade(adapter, method, session)
     for i, layer in enumerate(layers):
-        plain, own = layer.forward, "forward" in vars(layer)
-        undo.callback(partial(setattr, layer, "forward", plain) if own else partial(delattr, layer, "forward"))
-        layer.forward = _layer_forward(run, i, plain)
+        replace_method(layer, "forward", partial(_layer_forward, run, i), undo)
 
     def make(module: nn.Module) -> CascadeWatcher:
         watcher = CascadeWatcher(module, len(layers), method, session, run)
@@ -104,14 +103,12 @@ def install_cascade(
     return run.prompt
 
 
-def _layer_forward(run: Cascade, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if run.real is None:
-            return plain(hidden_states, *args, **kwargs)
-        return run.layer(index, plain, hidden_states, args, kwargs)
-
-    return forward
+def _layer_forward(
+    run: Cascade, index: int, plain: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    if run.real is None:
+        return plain(hidden_states, *args, **kwargs)
+    return run.layer(index, plain, hidden_states, args, kwargs)
 
 
 class Cascade:

@@ -15,6 +15,7 @@ from ..ops.attention import attention_rows
 from .attention import Watcher, watching_instead
 from .decoder import context_length, find_attentions
 from .drafts import Given, load_draft
+from .replacing import plain_forward
 from .vocabularies import check_vocabulary, size_of
 
 
@@ -83,7 +84,7 @@ def draft_attention(
         found[-1].append(reduce(attention_rows(query[:, :, -rows:], key, scaling, seen)).to(real.device))
 
     # Past the hooks and watchers of a session on this model, which would count what only scores.
-    forward = getattr(draft.forward, "plain", draft.forward)
+    forward = plain_forward(draft)
     with watching_instead(asked, lambda module: _Note(note)):
         for step in range(steps):
             found.append([])

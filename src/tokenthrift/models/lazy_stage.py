@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, wraps
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ..ops.attention import attention_rows
 from .attention import Watcher, cache_among, watch_attention
 from .depth import Depth
 from .layer_kinds import check_windows
+from .replacing import replace_method
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -148,9 +149,7 @@ def install_lazy(adapter: DecoderAdapter, method: Any, session: Session, undo: E
     floors = [sum(end < i for end in ends) for i in range(len(layers))]
     run = Floors(adapter, method, session, ends)
     for i, layer in enumerate(layers):
-        plain, own = layer.forward, "forward" in vars(layer)
-        undo.callback(partial(setattr, layer, "forward", plain) if own else partial(delattr, layer, "forward"))
-        layer.forward = _layer_forward(run, i, plain)
+        replace_method(layer, "forward", partial(_layer_forward, run, i), undo)
     watch_attention([adapter.attentions[i] for i in ends], lambda module: _Scores(run), undo)
 
     def start(cache: Cache, real: Tensor) -> None:
@@ -160,15 +159,13 @@ def install_lazy(adapter: DecoderAdapter, method: Any, session: Session, undo: E
     return start
 
 
-def _layer_forward(run: Floors, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_among(args, kwargs)
-        if cache is None or not cache.layers or not isinstance(cache.layers[0], LazyLayer):
-            return plain(hidden_states, *args, **kwargs)
-        return run.layer(index, cache.layers[index], plain, hidden_states, kwargs)  # type: ignore[arg-type]
-
-    return forward
+def _layer_forward(
+    run: Floors, index: int, plain: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    cache = cache_among(args, kwargs)
+    if cache is None or not cache.layers or not isinstance(cache.layers[0], LazyLayer):
+        return plain(hidden_states, *args, **kwargs)
+    return run.layer(index, cache.layers[index], plain, hidden_states, kwargs)  # type: ignore[arg-type]
 
 
 class Floors:

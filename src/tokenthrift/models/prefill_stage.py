@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import cache, partial, wraps
+from functools import cache, partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from .growing import GrowingLayer
 from .layer_kinds import check_kinds
 from .lazy_stage import install_lazy
 from .prepacking import check_packable, fill, prefill_rows
+from .replacing import replace_method
 from .shortened import ShortenedCache, shorten
 
 if TYPE_CHECKING:
@@ -101,12 +102,10 @@ def _replace_forward(
     adapter: DecoderAdapter, runtime: Runtime, session: Session, undo: ExitStack, *, embeds: bool
 ) -> None:
     model = adapter.model
-    plain, own = model.forward, "forward" in vars(model)
-    signature = inspect.signature(plain)
+    signature = inspect.signature(model.forward)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(plain: Forward, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         more = given.pop(rest, {})
         call: Call = {k: v for k, v in {**given, **more}.items() if v is not None}
@@ -116,9 +115,7 @@ def _replace_forward(
         real = _prompt_of(call, embeds)
         return plain(*args, **kwargs) if real is None else runtime(call, real, plain)
 
-    forward.plain = plain  # type: ignore[attr-defined]  # for what reads texts of its own beside the session
-    undo.callback(partial(setattr, model, "forward", plain) if own else partial(delattr, model, "forward"))
-    model.forward = forward
+    replace_method(model, "forward", forward, undo)
 
 
 def _prompt_of(call: Call, embeds: bool = False) -> Tensor | None:

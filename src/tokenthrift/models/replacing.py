@@ -16,6 +16,13 @@ def replace_method(owner: Any, name: str, wrapper: Callable[..., Any], undo: Exi
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return wrapper(plain, *args, **kwargs)
 
+    replaced.plain = plain  # type: ignore[attr-defined]
     undo.callback(partial(setattr, owner, name, plain) if own else partial(vars(owner).pop, name, None))
     setattr(owner, name, replaced)
     return replaced
+
+
+def plain_forward(model: Any) -> Callable[..., Any]:
+    """What a model's ``forward`` was before a session replaced it: for texts that are read beside the session."""
+    forward: Callable[..., Any] = getattr(model.forward, "plain", model.forward)
+    return forward

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, encode, token_spans
 from .decoder import context_length
+from .replacing import plain_forward
 
 if TYPE_CHECKING:
     from .reading import Reading
@@ -145,7 +146,7 @@ class Scorer:
 
     def _logits(self, **inputs: Any) -> Tensor:
         """Of the model's own forward: a session's prefill stage puts another in its place, for the user's prompts."""
-        logits: Tensor = type(self.model).forward(self.model, **inputs).logits
+        logits: Tensor = plain_forward(self.model)(**inputs).logits
         return logits
 
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.visual_grids import beside_segments, share_segments, spread
+from ..ops.visual_grids import beside_segments, share_frames
 from .parameters import check_positions
 
 
@@ -43,11 +43,9 @@ class CenterTokens:
 
     def reduce(self, view: View) -> TokenMap:
         kept = beside_segments(view.segments, view.mask.shape[1])
-        for segment, count in zip(view.segments, share_segments(Budget.of(self.keep), view.segments), strict=True):
+        for segment, frame, count in share_frames(Budget.of(self.keep), view.segments):
             near = _from_middle(segment.h, segment.w).argsort(stable=True)
-            frames = segment.numbers().view(segment.t, -1)
-            for frame, of_frame in zip(frames, spread(count, segment.t), strict=True):
-                kept[frame[near[:of_frame]]] = True
+            kept[frame[near[:count]]] = True
         return TokenMap.keep(kept.to(view.mask.device).expand(view.mask.shape))
 
 

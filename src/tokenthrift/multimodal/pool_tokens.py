@@ -8,7 +8,7 @@ from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.visual_grids import beside_segments, cells, share_segments, spread
+from ..ops.visual_grids import beside_segments, cells, share_frames
 from .parameters import check_positions
 
 
@@ -46,14 +46,12 @@ class PoolTokens:
         beside = beside_segments(view.segments, n).nonzero().squeeze(-1)
         group, anchors, made = torch.full((n,), -1), [beside], len(beside)
         group[beside] = torch.arange(made)
-        for segment, count in zip(view.segments, share_segments(Budget.of(self.keep), view.segments), strict=True):
-            frames = segment.numbers().view(segment.t, -1)
-            for frame, of_frame in zip(frames, spread(count, segment.t), strict=True):
-                if of_frame:
-                    cell, middle = cells(segment.h, segment.w, of_frame)
-                    group[frame] = cell + made
-                    anchors.append(frame[middle])
-                    made += of_frame
+        for segment, frame, count in share_frames(Budget.of(self.keep), view.segments):
+            if count:
+                cell, middle = cells(segment.h, segment.w, count)
+                group[frame] = cell + made
+                anchors.append(frame[middle])
+                made += count
         if made == n:
             return TokenMap.identity(n, shape, device)
         anchor = torch.cat(anchors).to(device).expand(*shape, -1)

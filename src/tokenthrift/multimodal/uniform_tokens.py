@@ -8,7 +8,7 @@ from ..core.budget import Budget
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
-from ..ops.visual_grids import beside_segments, cells, share_segments, spread
+from ..ops.visual_grids import beside_segments, cells, share_frames
 from .parameters import check_positions
 
 
@@ -56,9 +56,7 @@ class UniformTokens:
 
     def _on_grid(self, view: View) -> Tensor:
         kept = beside_segments(view.segments, view.mask.shape[1])
-        for segment, count in zip(view.segments, share_segments(Budget.of(self.keep), view.segments), strict=True):
-            frames = segment.numbers().view(segment.t, -1)
-            for frame, of_frame in zip(frames, spread(count, segment.t), strict=True):
-                if of_frame:
-                    kept[frame[cells(segment.h, segment.w, of_frame)[1]]] = True
+        for segment, frame, count in share_frames(Budget.of(self.keep), view.segments):
+            if count:
+                kept[frame[cells(segment.h, segment.w, count)[1]]] = True
         return kept

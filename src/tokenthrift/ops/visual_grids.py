@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ def spread(total: int, parts: int) -> list[int]:
     return [(i + 1) * total // parts - i * total // parts for i in range(parts)]
 
 
-def share_segments(budget: Budget, segments: Sequence[Segment]) -> list[int]:
-    """How many tokens each segment keeps: in proportion to its size, in all what the budget says."""
+def share_frames(budget: Budget, segments: Sequence[Segment]) -> Iterator[tuple[Segment, Tensor, int]]:
+    """How many tokens each frame keeps, in all what the budget says: segments in proportion to their size, the frames
+    of one evenly. Yields its segment, its tokens' numbers ``(h·w,)``, and how many of them are kept."""
     sizes = [s.size for s in segments]
-    return share_out(budget.tokens(sum(sizes)), sizes, caps=sizes)
+    counts = share_out(budget.tokens(sum(sizes)), sizes, caps=sizes)
+    for segment, count in zip(segments, counts, strict=True):
+        frames = segment.numbers().view(segment.t, -1)
+        for frame, of_frame in zip(frames, spread(count, segment.t), strict=True):
+            yield segment, frame, of_frame
 
 
 def cells(h: int, w: int, count: int) -> tuple[Tensor, Tensor]:
