@@ -31,7 +31,7 @@ from transformers import AttentionInterface
 from vlm_card import card
 from vlm_parts import LAYER, encoder, new_model, new_tokenizer
 
-from tokenthrift.bench.scene_questions import NOTHING, Question, ask
+from tokenthrift.bench.scene_questions import KINDS, NOTHING, Question, ask
 from tokenthrift.bench.scenes import COLOURS, NAMES, PLACES, Collection, Scene, draw, lay_out
 from tokenthrift.bench.seeing import blind, evaluate, prompt, questions
 from tokenthrift.models.images import preprocess
@@ -40,6 +40,7 @@ from tokenthrift.models.packs.cache import shipped
 from tokenthrift.models.packs.composed import NAME, WEIGHTS
 
 GRID, PATCH, WIDTH = 16, 14, 384
+RELATED = ("relation", "beside")
 PARTS = {"train": 0, "check": 1}
 
 
@@ -177,6 +178,44 @@ ATTENTION = "thrift-vlm-training"
 AttentionInterface.register(ATTENTION, _attention)
 
 
+class Places(nn.Module):
+    """Where the thing is that a question names, told at the name itself after half of the decoder's layers.
+
+    What is left of what needs both places before it can be answered. Without this loss such questions stay at chance
+    long after all others are answered; the layer that tells is thrown away.
+    """
+
+    SIZES = (len(PLACES), GRID, GRID)
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.tell = nn.Linear(model.config.text_config.hidden_size, sum(self.SIZES))
+        self.names = {name: tokenizer.convert_tokens_to_ids(name) for name in NAMES}
+        layers = model.model.language_model.layers
+        layers[len(layers) // 2].register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        self.states = output
+
+    def loss(self, ids: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Of the last forward: ids (rows, questions, length) about the scenes of the rows."""
+        table = torch.full((len(scenes), 3, max(self.names.values()) + 1), -100)
+        for row, scene in enumerate(scenes):
+            for item in scene.items:
+                if sum(other.name == item.name for other in scene.items) == 1:
+                    x, y = item.middle
+                    table[row, :, self.names[item.name]] = torch.tensor([item.place, y // PATCH, x // PATCH])
+        ids = ids.flatten(1)
+        known = ids.clamp(max=table.shape[-1] - 1)
+        target = table.gather(2, known[:, None].expand(-1, 3, -1)).masked_fill((ids != known)[:, None], -100)
+        told = self.tell(self.states[:, -ids.shape[1] :].float()).split(self.SIZES, dim=-1)
+        losses = [
+            nn.functional.cross_entropy(part.flatten(0, 1), aim.flatten())
+            for part, aim in zip(told, target.unbind(1), strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
 def patch_labels(found: Scene) -> Tensor:
     """For every patch: name (the last is nothing; −100 at a border), colour (−100 none), place, row and column."""
     name = torch.full((GRID, GRID), len(NAMES))
@@ -311,8 +350,9 @@ def train(args: argparse.Namespace, deadline: float) -> None:
     check_scenes = [scene("check", n, check) for n in range(len(checked))]
     projector = model.model.multi_modal_projector
     projector.linear_1 = Standardised(projector.linear_1, *normalised(model, features))
-    packed = Packed(tokenizer)
+    packed, places = Packed(tokenizer), Places(model, tokenizer)
     optimizer = torch.optim.AdamW(_groups(model, args.decay), args.rate, betas=(0.9, 0.98))
+    teller = torch.optim.AdamW(places.parameters(), args.rate)
     checkpoint, step, seconds = args.work / "checkpoint.pt", 0, 0.0
 
     def log(line: dict[str, Any]) -> None:
@@ -322,6 +362,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+        state |= {"places": places.state_dict(), "teller": teller.state_dict()}
         torch.save(state | {"images": len(features)}, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
 
@@ -329,6 +370,9 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if "places" in state:
+            places.load_state_dict(state["places"])
+            teller.load_state_dict(state["teller"])
         step, seconds = state["step"], state["seconds"]
     else:
         began = time.monotonic()
@@ -342,24 +386,31 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         rng = random.Random(f"{args.seed} {step}")
         chosen = rng.sample(range(len(features)), args.batch)
         x = torch.from_numpy(np.stack([features[i] for i in chosen])).float()
-        asked = [ask(scenes[i], rng, args.each) for i in chosen]
+        relate = args.relate[0] <= step < args.relate[1]
+        each = {kind: 2 * args.each if kind in RELATED else args.each // 4 for kind in KINDS} if relate else args.each
+        asked = [ask(scenes[i], rng, each) for i in chosen]
         kept = None
-        patches = next((n for until, n in ((args.few, 24), (1.5 * args.few, 64)) if step < until), 0)
+        patches = 24 if relate else next((n for until, n in ((args.few, 24), (1.5 * args.few, 64)) if step < until), 0)
         if patches:
             kept = torch.tensor([few(patch_labels(scenes[i]), patches, rng) for i in chosen])
             x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        words = packed(asked)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-            logits, labels, _ = forward(model, x, packed(asked), kept)
+            logits, labels, _ = forward(model, x, words, kept)
         loss = nn.functional.cross_entropy(logits.float(), labels)
+        told = places.loss(words["ids"], [scenes[i] for i in chosen])
         optimizer.zero_grad()
-        loss.backward()
+        teller.zero_grad()
+        (loss + args.told * told).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        teller.step()
         step += 1
-        losses.append(loss.item())
+        losses.append([loss.item(), told.item()])
         now = time.monotonic()
         if step % 25 == 0:
-            log({"step": step, "loss": round(float(np.mean(losses)), 4), "seconds": round(seconds + now - began)})
+            loss, told = np.mean(losses, axis=0).round(4).tolist()
+            log({"step": step, "loss": loss, "told": told, "seconds": round(seconds + now - began)})
             losses = []
         if step % args.check == 0 or step == args.steps:
             log({"step": step, "accuracy": accuracy(model, packed, checked, check_scenes)})
@@ -445,11 +496,20 @@ def main() -> None:
     parser.add_argument(
         "--few", type=int, default=1500, help="steps that see 24 patches an image; then half as many, 64"
     )
+    parser.add_argument(
+        "--relate",
+        type=int,
+        nargs=2,
+        default=(3000, 4000),
+        metavar=("FROM", "TO"),
+        help="steps that ask mostly for relations, with 24 patches an image",
+    )
     parser.add_argument("--warm", type=int, default=100)
     parser.add_argument("--batch", type=int, default=6, help="images a step")
     parser.add_argument("--each", type=int, default=4, help="questions of every kind, an image")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="of the products")
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--told", type=float, default=0.3, help="weight of telling where a named thing is")
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--check", type=int, default=400, help="steps between two measurements of accuracy")
     parser.add_argument("--questions", type=int, default=1200, help="held-out questions at 224 pixels")

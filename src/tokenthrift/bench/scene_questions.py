@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .scenes import COLOURS, NAMES, PLACES, Item, Scene
@@ -43,13 +43,15 @@ KINDS = tuple(WORDINGS)
 _SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
-def ask(scene: Scene, rng: random.Random, each: int, used: Counter[tuple[str, str]] | None = None) -> list[Question]:
+def ask(
+    scene: Scene, rng: random.Random, each: int | Mapping[str, int], used: Counter[tuple[str, str]] | None = None
+) -> list[Question]:
     """Up to `each` questions of every kind; no question twice.
 
     Args:
         scene: what is asked about.
         rng: decides between questions whose answers are equally frequent, and the wording.
-        each: questions of a kind.
+        each: questions of a kind, or how many of which.
         used: how often every (kind, answer) was right before; rare ones are preferred, and the counts are kept here.
     """
     used = Counter() if used is None else used
@@ -58,7 +60,7 @@ def ask(scene: Scene, rng: random.Random, each: int, used: Counter[tuple[str, st
         by_answer: dict[str, list[dict[str, str]]] = defaultdict(list)
         for about, answer in _POSSIBLE[kind](scene):
             by_answer[answer].append(about)
-        for _ in range(each):
+        for _ in range(each if isinstance(each, int) else each[kind]):
             if not by_answer:
                 break
             rarest = min(used[kind, answer] for answer in by_answer)
