@@ -210,10 +210,10 @@ class Places(nn.Module):
         target = table.gather(2, known[:, None].expand(-1, 3, -1)).masked_fill((ids != known)[:, None], -100)
         told = self.tell(self.states[:, -ids.shape[1] :].float()).split(self.SIZES, dim=-1)
         losses = [
-            nn.functional.cross_entropy(part.flatten(0, 1), aim.flatten())
+            nn.functional.cross_entropy(part.flatten(0, 1), aim.flatten(), reduction="sum")
             for part, aim in zip(told, target.unbind(1), strict=True)
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum() / (target != -100).sum().clamp(min=1)  # no question may name a single thing
 
 
 def patch_labels(found: Scene) -> Tensor:
