@@ -18,11 +18,11 @@ from .connector_maps import Pictures
 from .encoder_parts import EncoderParts, watching_layers
 from .pictures import Picture, Seen
 from .replacing import replace_method
+from .visual_inputs import MODALITIES, check_pixels, why_refused
 
 if TYPE_CHECKING:
     from .multimodal import MultimodalAdapter
 
-MODALITIES = ("image", "video")
 _NOTE = "_tokenthrift_pictures"
 
 
@@ -30,14 +30,18 @@ class Features:
     """Notes :class:`~tokenthrift.models.connector_maps.Pictures` on what the model's functions return.
 
     Args:
-        found: is told which pictures of which modality were made.
+        found: is told the modality, which pictures of it were made, and their features.
 
     Raises:
         ThriftError: the method asks for layers that the encoder does not have, or for what a vision method changes.
     """
 
     def __init__(
-        self, adapter: MultimodalAdapter, method: Any | None, session: Session, found: Callable[[str, Pictures], None]
+        self,
+        adapter: MultimodalAdapter,
+        method: Any | None,
+        session: Session,
+        found: Callable[[str, Pictures, Any], None],
     ) -> None:
         self.adapter, self.inner, self.session, self.found = adapter, adapter.inner, session, found
         self.needs = set() if method is None else set(method.info.needs)
@@ -75,6 +79,9 @@ class Features:
         """``get_image_features`` or ``get_video_features``: note the layout of what comes out."""
         if getattr(self._running, "encoding", False):  # one of these may call the other
             return plain(*args, **kwargs)
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        check_pixels(given)
         self._running.encoding = True
         packed: dict[str, Any] = {}
         layers, which = self.adapter.layers, self.which
@@ -84,12 +91,15 @@ class Features:
                     replace_method(self.inner, "pack_image_features", partial(_note_packing, packed), undo)
                 watched = undo.enter_context(watching_layers(layers, which, self.needs)) if which else {}
                 out = plain(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            why = why_refused(self.inner.config, given)
+            if why is None or isinstance(error, ThriftError):
+                raise
+            raise ThriftError(f"{why}: make them with the model's own processor") from error
         finally:
             self._running.encoding = False
         if not hasattr(out, "pooler_output"):
             return out
-        given = inspect.signature(plain).bind(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
         lengths = [len(features) for features in out.pooler_output]
         seen = Seen(self.inner, given, lengths, packed or None, modality == "video")
         found = self.adapter.family.read(seen)
@@ -99,7 +109,7 @@ class Features:
         elif watched:
             pictures.parts = self._parts(watched, seen)
         setattr(out, _NOTE, (self, pictures))
-        self.found(modality, pictures)
+        self.found(modality, pictures, out.pooler_output)
         return out
 
     def _parts(self, watched: dict[int, Any], seen: Seen) -> EncoderParts:
