@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.costs import linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
@@ -147,6 +148,8 @@ class Features:
                 "the vision stage reduced other layers than those that the connector reads: use a single feature layer"
             )
         n, spaced, pictures = map.n_in - cut, [], []
+        spared = len(features) * (n - len(features[0]))
+        self.session.flops_dense += linear_flops(self.inner.multi_modal_projector, spared)
         for row, of_image in enumerate(features):
             real = map.mask[row, cut:]
             at, order = (map.anchors[row, cut:][real] - cut).sort()
