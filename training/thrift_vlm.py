@@ -493,7 +493,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="scenes to train on")
     parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=6200)
     parser.add_argument("--align", type=int, default=500, help="steps of the projector by itself")
     parser.add_argument(
         "--few", type=int, default=1500, help="steps that see 24 patches an image; then half as many, 64"
