@@ -22,7 +22,7 @@ def test_list(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["list"])
     assert shown.exit_code == 0
     assert all(name in shown.stdout for name in PACKS)
-    assert shown.stdout.count("not pulled yet") == 3
+    assert shown.stdout.count("not pulled yet") == len(PACKS)
     listed = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
     assert listed["cache"] == str(tmp_path)
     assert {pack["name"]: pack["cached"] for pack in listed["packs"]} == dict.fromkeys(PACKS, False)
@@ -39,6 +39,7 @@ def test_help(command: str) -> None:
     ("arguments", "said"),
     [
         (["path", "minilm-l6"], "models pull minilm-l6"),
+        (["path", "thrift-vlm"], "models pull thrift-vlm"),
         (["path", "minilm"], "did you mean 'minilm-l6'"),
         (["pull", "dino", "--json"], "did you mean 'dinov2-s'"),
         (["pull", "dinov2-s", "--source", "web"], "unknown pack source 'web'"),

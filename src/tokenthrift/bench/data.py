@@ -19,7 +19,8 @@ TEXTS = {".txt", ".md", ".rst"}
 
 DEFAULT_SOURCE = (
     "The Python documentation (pydoc_data.topics) and source files of Python's standard library, "
-    "© Python Software Foundation, PSF License; photographs in the public domain or CC0 (see data/images/LICENSE.md)."
+    "© Python Software Foundation, PSF License; photographs in the public domain or CC0 (see data/images/LICENSE.md); "
+    "scenes of Fashion-MNIST items (© Zalando SE, MIT License) on such photographs."
 )
 
 # Long enough for several prompts, prose or code rather than tables.
@@ -49,13 +50,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Data:
-    """All there is to measure on. ``code`` holds source files, from which edit prompts are made."""
+    """All there is to measure on. ``code`` holds source files, from which edit prompts are made; ``scenes`` says that
+    questions about the shipped scenes belong to it."""
 
     source: str
     documents: tuple[Document, ...] = ()
     code: tuple[Document, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     images: tuple[Path, ...] = field(default=())
+    scenes: bool = False
 
 
 def default_data() -> Data:
@@ -68,6 +71,7 @@ def default_data() -> Data:
         documents=tuple(Document(f"python/{name}", topics[name]) for name in _TOPICS if name in topics),
         code=tuple(doc for name in _MODULES if (doc := _module(name)) is not None),
         images=tuple(sorted(p for p in photographs.iterdir() if p.suffix in IMAGES)),
+        scenes=True,
     )
 
 

@@ -145,7 +145,9 @@ def fidelity_of(loaded: Loaded, data: Data, stage: str, count: int, seed: int) -
 
     Raises ThriftError for data of another kind, or too little of it: tuning needs two inputs at least.
     """
-    if loaded.generates:
+    if loaded.kind == "visual":
+        raise ThriftError(f"{loaded.label} cannot be tuned yet: tune its encoder, or a language model")
+    if loaded.kind == "language":
         texts = _texts(loaded, data, count, seed, CONTINUATION)
         pairs = [(_ids(loaded, head), _ids(loaded, tail, add_special_tokens=False)) for head, tail in texts]
         return LanguageFidelity(loaded.model, pairs, stage)

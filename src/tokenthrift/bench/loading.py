@@ -11,8 +11,8 @@ from typing import Any
 from ..core.errors import ThriftError
 from ..models.images import ImageProcessor
 
-LANGUAGE_MODEL, VISION_MODEL = "smollm2-135m", "dinov2-s"
-"""The packs that are measured when no model is named."""
+MODELS = {"language": "smollm2-135m", "vision": "dinov2-s", "visual": "thrift-vlm"}
+"""The packs that are measured when no model is named, by kind."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,13 @@ class Loaded:
     processor: Any
 
     @property
-    def generates(self) -> bool:
-        """True for language models."""
-        return bool(hasattr(self.model, "generate") and self.model.can_generate())
+    def kind(self) -> str:
+        """``visual`` for vision-language models, ``language`` for others that write, ``vision`` for encoders."""
+        from ..models.multimodal import MultimodalAdapter
+
+        if MultimodalAdapter.fits(self.model):
+            return "visual"
+        return "language" if hasattr(self.model, "generate") and self.model.can_generate() else "vision"
 
     @property
     def identity(self) -> str:

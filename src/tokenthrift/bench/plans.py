@@ -33,12 +33,27 @@ VISION = (
 )
 """For vision encoders: one method from careful to aggressive, then others at one share."""
 
-VISION_STAGES = {"vision"}
+VISUAL = (
+    *(f"connector={name}(keep=0.25)" for name in ("random_tokens", "uniform_tokens", "pool_tokens")),
+    "connector=divprune(keep=0.5)",
+    "connector=divprune(keep=0.25)",
+    "connector=divprune(keep=0.11)",
+    "connector=visionzip(keep=0.25)",
+    "connector=hiprune(keep=0.25)",
+    "prefill=fastv(keep=0.25)",
+)
+"""For vision-language models: the baselines at one share, a method from careful to aggressive, others at that share."""
+
+DEFAULTS = {"language": LANGUAGE, "vision": VISION, "visual": VISUAL}
+"""By kind of model."""
 
 
-def is_vision(plan: Plan) -> bool:
-    """True for plans that reduce what a vision encoder sees, and nothing else."""
-    return bool(plan) and set(plan.stages) <= VISION_STAGES
+def kind_of(plan: Plan) -> str:
+    """The kind of model that a plan is measured on where none is named."""
+    if plan and set(plan.stages) == {"vision"}:
+        return "vision"
+    family = [step.info.cls.__module__.split(".")[-2] for step in plan]
+    return "visual" if "connector" in plan.stages or "multimodal" in family else "language"
 
 
 def read_plans(values: Iterable[Plan | str | os.PathLike[str] | Mapping[str, Any]]) -> list[Plan]:

@@ -14,6 +14,7 @@ from . import needle, ruler
 from .grids import Grid, markdown, overview
 from .summary import PlanResult
 from .tasks import TASKS
+from .visual import KINDS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,20 +67,20 @@ def table(section: Section, narrow: bool = False) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    language = section.kind == "language"
+    writes, language = section.kind != "vision", section.kind == "language"
     shown = Table(title=f"{escape(section.model)}", title_justify="left", title_style="bold", padding=(0, 1))
     columns: dict[str, Callable[[PlanResult], str]] = {
         "loss": lambda r: number(r.loss),
         "95%": lambda r: f"{number(r.loss_low, 2)}…{number(r.loss_high, 2)}",
     }
     if language:
+        columns |= {"KL": lambda r: number(r.kl), "top-1": lambda r: percent(r.agreement)}
+    if writes:
         columns |= {
-            "KL": lambda r: number(r.kl),
-            "top-1": lambda r: percent(r.agreement),
             "tokens": lambda r: f"{number(r.tokens_before, 0)}→{number(r.tokens, 0)}",
             "TTFT s": lambda r: number(r.ttft_s, 2),
             "ms/tok": lambda r: number(r.decode_ms, 0),
-            "FLOPs": lambda r: number(r.flops_ratio, 2, "×"),
+            **({"FLOPs": lambda r: number(r.flops_ratio, 2, "×")} if language else {}),
             "KV": lambda r: number(r.kv_ratio, 2, "×"),
             "time": lambda r: number(r.time_ratio, 2, "×"),
             "cost": lambda r: number(r.cost, 2, "×"),
@@ -135,7 +136,7 @@ def headline(section: Section, max_loss: float) -> str:
             "use the unmodified model, or allow more with --max-quality-loss."
         )
     gains = [f"{number(best.time_ratio, 2)}× the time"]
-    if section.kind == "language":
+    if section.kind != "vision":
         gains.append(f"{number(best.kv_ratio, 2)}× the KV cache")
     elif best.flops_ratio == best.flops_ratio:
         gains.append(f"{number(best.flops_ratio, 2)}× the FLOPs")
@@ -221,14 +222,14 @@ def render(result: BenchResult) -> str:
     sections = [_section(section, result) for section in result.sections]
     measured = {task for section in sections for task in section["tasks"]}
     meanings = TASKS if not any(s["grids"] for s in sections) else needle.MEANING | ruler.MEANING
-    tasks = {name: meaning for name, meaning in meanings.items() if meanings is TASKS or name in measured}
+    tasks = {name: meaning for name, meaning in (meanings | KINDS).items() if name in measured}
     return page.from_string(template).render(result=result, sections=sections, tasks=tasks, span=span)
 
 
 def _section(section: Section, result: BenchResult) -> dict[str, Any]:
     results = [r for r in section.results if not r.error]
     plots = [(plot(results, "time_ratio"), "Quality loss against end-to-end time")]
-    if section.kind == "language":
+    if section.kind != "vision":
         plots.append((plot(results, "kv_ratio"), "Quality loss against the size of the KV cache"))
     elif all(r.flops_ratio == r.flops_ratio for r in results):
         plots.append((plot(results, "flops_ratio"), "Quality loss against FLOPs"))
@@ -243,7 +244,7 @@ def _section(section: Section, result: BenchResult) -> dict[str, Any]:
         "plots": [(svg, caption) for svg, caption in plots if svg],
         "grids": [(heat_map(grid), grid.name) for grid in section.grids],
         "texts": _texts(section, result.rows),
-        "pictures": _pictures(section),
+        "pictures": _scenes(section) if section.kind == "visual" else _pictures(section),
         "methods": methods_of(section.results),
     }
 
@@ -413,6 +414,27 @@ def _pictures(section: Section, side: int = 336) -> list[list[dict[str, str]]]:
                 cells = round((map.n_in - prefix) ** 0.5)
                 drawn = draw_groups(picture, map, (cells, cells), prefix)
                 caption = f"{result.plan}: {map.n_in} → {map.n_out} tokens"
+                shown.append({"src": _data_uri(drawn), "caption": caption})
+    return rows
+
+
+def _scenes(section: Section, side: int = 336) -> list[list[dict[str, str]]]:
+    """A row for each of the first scenes: the image with a question, then what plans left of it and what they said."""
+    from PIL import Image
+
+    from ..vision.overlay import draw_groups
+
+    plans = [r for r in section.results if r.plan and not r.error]
+    rows = []
+    for i, asked in enumerate(section.asked[:3]):
+        question = asked.questions[i % len(asked.questions)]
+        picture = asked.image.resize((side, side), Image.Resampling.LANCZOS)
+        rows.append(shown := [{"src": _data_uri(picture), "caption": f"{question.text} ({question.answer})"}])
+        for result in plans:
+            map, answer = section.runner.shown(Plan.parse(result.plan), asked, question)
+            if map is not None:
+                drawn = draw_groups(picture, map, section.runner.grid(asked), prefix=0)
+                caption = f"{result.plan}: {map.n_in} → {map.n_out} tokens: {answer}"
                 shown.append({"src": _data_uri(drawn), "caption": caption})
     return rows
 

@@ -19,32 +19,40 @@ from ..api import apply
 from ..core.errors import ThriftError
 from ..core.plan import Plan
 from ..models.decoder import context_length
+from ..models.visual_processor import VisualProcessor
 from . import plans as plan_sets
 from .data import Data, default_data, load_data, names
 from .grids import Grid, grids
 from .images import VisionBench
 from .language import LanguageBench, without_decode
-from .loading import LANGUAGE_MODEL, VISION_MODEL, Loaded, digest, load_model
+from .loading import MODELS, Loaded, digest, load_model
 from .metrics import common_prefix
 from .progress import progress as show_progress
+from .seeing import Asked, questions
 from .store import Store
 from .suites import AnySuite, find_suite
 from .summary import PlanResult, summarise_language, summarise_vision
 from .tasks import Case, Suite
+from .visual import VisualBench
 
 # What a method that does not fit a model or an input may raise. Not OSError, MemoryError or an interrupt: those end it.
 _FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
+QUESTIONS_A_SCENE = 7
+"""At most: one of every kind."""
+
+
 @dataclass
 class Section:
-    """One model and the plans measured on it. ``kind`` is ``language`` or ``vision``."""
+    """One model and the plans measured on it. ``kind`` is ``language``, ``vision`` or ``visual``, both together."""
 
     kind: str
     model: str
     results: list[PlanResult]
     cases: list[Case] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     runner: Any = None
     grids: list[Grid] = field(default_factory=list)
 
@@ -147,14 +155,12 @@ def bench(
     jobs = []
     for name in [model] if model is not None else _default_models(chosen, found):
         loaded = load_model(name, processor)
-        kind = "language" if loaded.generates else "vision"
-        mine = chosen if chosen is not None else [Plan.parse(p) for p in getattr(plan_sets, kind.upper())]
+        mine = chosen if chosen is not None else [Plan.parse(p) for p in plan_sets.DEFAULTS[loaded.kind]]
         if model is None:
-            mine = [p for p in mine if plan_sets.is_vision(p) == (kind == "vision")]
+            mine = [p for p in mine if plan_sets.kind_of(p) == loaded.kind]
         for plan in mine:  # unknown stages fail here, before any compute
             apply(plan, loaded.model)
-        make = LanguageJob if kind == "language" else VisionJob
-        jobs.append(make(loaded, mine, found, size, seed))
+        jobs.append(JOBS[loaded.kind](loaded, mine, found, size, seed))
     store.begin(
         {
             "seed": seed,
@@ -201,6 +207,14 @@ class Job:
         self.prepare(loaded.processor, data)
 
     def prepare(self, processor: Any, data: Data) -> None:
+        raise NotImplementedError
+
+    def data_parts(self) -> Iterator[str]:
+        """What the data is told by: results of other data are none of this run."""
+        raise NotImplementedError
+
+    def section(self, store: Store, max_loss: float) -> Section:
+        """The results so far."""
         raise NotImplementedError
 
     def steps(self) -> Iterator[tuple[str, Plan, Callable[[], dict[str, Any]], dict[str, Any]]]:
@@ -325,6 +339,46 @@ class VisionJob(Job):
         return Section("vision", self.label, results, images=self.images, runner=self.runner)
 
 
+class VisualJob(Job):
+    """A vision-language model: questions about scenes, each image once a plan."""
+
+    kind = "visual"
+
+    def prepare(self, processor: Any, data: Data) -> None:
+        if not isinstance(self.suite, Suite):
+            raise ThriftError(f"the suite '{self.suite.name}' asks about texts, {self.label} sees: use --suite quick")
+        if not isinstance(processor, VisualProcessor) or not data.scenes:
+            raise ThriftError(
+                f"{self.label} cannot be measured on data of one's own yet: take --model {MODELS['visual']} without "
+                "--data, or write a loop around tokenthrift.apply"
+            )
+        self.runner = VisualBench(self.model, processor)
+        asked = questions(self.seed, QUESTIONS_A_SCENE * self.suite.scenes)
+        self.asked = {f"scene/{i}": one for i, one in enumerate(asked[: self.suite.scenes])}
+
+    def data_parts(self) -> Iterator[str]:
+        for name, one in self.asked.items():
+            yield f"{name} {one.questions} {hashlib.sha256(one.image.tobytes()).hexdigest()}"
+
+    def warm_up(self) -> None:
+        self.runner.measure(Plan(), self.asked["scene/0"])
+
+    def steps(self) -> Iterator[Any]:
+        for number, (name, one) in enumerate(self.asked.items()):
+            turn = number % len(self.everything)
+            for plan in self.everything[turn:] + self.everything[:turn]:
+                facts = {"kind": "quality", "case": name}
+                yield f"visual|{plan}|{name}", plan, lambda p=plan, o=one: self.runner.measure(p, o), facts
+
+    def section(self, store: Store, max_loss: float) -> Section:
+        rows = [r for r in store.rows.values() if r["section"] == "visual"]
+        results = summarise_language(rows, [(str(p), str(p)) for p in self.everything], self.seed, max_loss)
+        return Section("visual", self.label, results, asked=list(self.asked.values()), runner=self.runner)
+
+
+JOBS: dict[str, type[Job]] = {job.kind: job for job in (LanguageJob, VisionJob, VisualJob)}
+
+
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -334,11 +388,18 @@ def _listed(value: Any) -> list[Any]:
 
 def _default_models(plans: list[Plan] | None, data: Data) -> list[str]:
     """The small packs that the plans and the data concern."""
-    vision = bool(data.images) and (plans is None or any(map(plan_sets.is_vision, plans)))
-    language = bool(data.documents or data.prompts) and (plans is None or not all(map(plan_sets.is_vision, plans)))
-    if not (vision or language):
-        raise ThriftError("these plans and this data do not fit together: images need vision plans, text needs others")
-    return [LANGUAGE_MODEL] * language + [VISION_MODEL] * vision
+    there = {
+        "language": bool(data.documents or data.prompts),
+        "vision": bool(data.images),
+        "visual": data.scenes,
+    }
+    kinds = set(there) if plans is None else {plan_sets.kind_of(plan) for plan in plans}
+    if not any(there[kind] for kind in kinds):
+        raise ThriftError(
+            "these plans and this data do not fit together: images need vision plans, text needs others, and plans for "
+            "vision-language models bring scenes of their own: leave --data out"
+        )
+    return [MODELS[kind] for kind in there if there[kind] and kind in kinds]
 
 
 def _line(error: BaseException) -> str:

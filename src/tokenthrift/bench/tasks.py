@@ -17,7 +17,7 @@ Ends = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Suite:
-    """How much to measure. Lengths are in tokens."""
+    """How much to measure. Lengths are in tokens; ``scenes`` are images, with up to seven questions each."""
 
     name: str
     documents: int
@@ -30,6 +30,7 @@ class Suite:
     generation_tokens: int
     new_tokens: int
     repeats: int
+    scenes: int = 0
 
     note: ClassVar[str] = ""
 
@@ -47,8 +48,8 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite("quick", 5, 768, 48, 4, 8, 576, 2, 512, 24, 3),
-    "full": Suite("full", 24, 1536, 64, 6, 32, 1024, 6, 1024, 64, 5),
+    "quick": Suite("quick", 5, 768, 48, 4, 8, 576, 2, 512, 24, 3, 16),
+    "full": Suite("full", 24, 1536, 64, 6, 32, 1024, 6, 1024, 64, 5, 150),
 }
 
 

@@ -28,9 +28,9 @@ from ..ops.search import Levels, Space, Stage, level_switch_search
 from .budgets import Watched, start_of, tunable, with_params
 from .data import default_data, load_data
 from .fidelity import Fidelity, Measured, fidelity_of
-from .loading import LANGUAGE_MODEL, VISION_MODEL, Loaded, load_model
+from .loading import MODELS, Loaded, load_model
 from .metrics import bootstrap
-from .plans import is_vision
+from .plans import kind_of
 from .progress import progress as show_progress
 from .store import Store
 
@@ -205,7 +205,7 @@ def tune(
     given = [data] if isinstance(data, str | Path) else data
     found = default_data() if given is None else load_data(given)
     if model is None:
-        model = VISION_MODEL if is_vision(plan) else LANGUAGE_MODEL
+        model = MODELS[kind_of(plan)]
     loaded = load_model(model, processor, size)
     apply(plan, loaded.model)  # unknown stages fail here, before any compute
     fidelity = fidelity_of(loaded, found, plan.steps[index].stage, inputs, seed)

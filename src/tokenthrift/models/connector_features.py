@@ -131,7 +131,7 @@ class Features:
         strategy = strategy or getattr(self.inner.config, "vision_feature_select_strategy", None)
         cut = int(strategy == "default")
         features = list(out.pooler_output)
-        map = _map_of(self.session.maps("vision"), len(features[0]) + cut)
+        map = map_up_to(self.session.maps("vision"), len(features[0]) + cut)
         if map is None or len(map.source) != len(features):
             raise ThriftError(
                 "the vision stage reduced other layers than those that the connector reads: use a single feature layer"
@@ -162,7 +162,7 @@ class Features:
         return found  # type: ignore[no-any-return]
 
 
-def _map_of(maps: Sequence[TokenMap], left: int) -> TokenMap | None:
+def map_up_to(maps: Sequence[TokenMap], left: int) -> TokenMap | None:
     """The map of the encoder's layers up to that whose output has so many tokens."""
     for count in range(1, len(maps) + 1):
         if maps[count - 1].n_out == left:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def folder(spec: PackSpec, source: Source) -> Path:
     return cache_dir() / "packs" / spec.name / source
 
 
+def shipped(spec: PackSpec) -> Path:
+    """The folder inside the package with the weights of a pack that comes with it."""
+    return Path(str(files("tokenthrift").joinpath("data", spec.name.replace("-", "_"))))
+
+
 def cached(spec: PackSpec, sources: Iterable[Source]) -> Path | None:
     """The first complete, current copy among `sources`, or None."""
     for source in sources:
@@ -54,7 +60,7 @@ def cached(spec: PackSpec, sources: Iterable[Source]) -> Path | None:
 def pack_path(name: str, *, source: str | None = None) -> Path:
     """The folder of a pulled pack. Raises ThriftError when the name is unknown or the pack was not pulled yet."""
     spec = find(name)
-    where = cached(spec, wanted_sources(source))
+    where = status(spec, ()).path if spec.encoder else cached(spec, wanted_sources(source))
     if where is None:
         raise ThriftError(f"pack '{name}' is not in {cache_dir()}: run `tokenthrift models pull {name}`")
     return where
@@ -73,7 +79,13 @@ class PackStatus:
 
 
 def status(spec: PackSpec, sources: Iterable[Source]) -> PackStatus:
-    """What the cache holds of a pack."""
+    """What the cache holds of a pack; of one that comes with the package, its encoder and the package's own files."""
+    if spec.encoder:
+        encoder = status(find(spec.encoder), ("wheel",))
+        own = sum(file.stat().st_size for file in shipped(spec).iterdir()) if shipped(spec).is_dir() else 0
+        size = own + encoder.size if encoder.path else 0
+        source = "package" if encoder.path else None
+        return PackStatus(spec.name, spec.summary, spec.hub_licence, source, encoder.path and shipped(spec), size)
     where = cached(spec, sources)
     if where is None:
         return PackStatus(spec.name, spec.summary, spec.hub_licence, None, None, 0)

