@@ -2,7 +2,7 @@
 
     python benchmarks/multimodal_methods.py --out out/multimodal
 
-Over 1,000 held-out questions about 150 scenes, all of one scene asked with every plan before the next scene, so that a
+Over 1,000 held-out questions about 185 scenes, all of one scene asked with every plan before the next scene, so that a
 busy machine slows all plans alike. Intervals are bootstrapped over scenes. Selection is what the methods themselves
 take; the time to the first token includes it and the vision encoder. What was measured stays in ``--out``, and an
 interrupted run goes on there.
@@ -33,7 +33,7 @@ KEEPS = (0.5, 0.25, 0.11, 0.055)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="thrift-vlm")
-    parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--scenes", type=int, default=185)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--methods", nargs="+", default=[*CONNECTOR, *PREFILL, "pyramiddrop"])
     parser.add_argument("--seed", type=int, default=0)
