@@ -60,8 +60,9 @@ def plans_of(name: str, keep: float) -> list[str]:
         return [f"prefill={name}(keep={STAGED.get(keep, round(keep ** (1 / 3), 3))})"]
     if name in PREFILL:
         return [f"prefill={name}(keep={keep})"]
+    grid = ", grid=True" if name == "uniform_tokens" else ""
     kinds = ("original", "gapless") if keep == GAPLESS else ("original",)
-    return [f"connector={name}(keep={keep}, positions={positions})" for positions in kinds]
+    return [f"connector={name}(keep={keep}, positions={positions}{grid})" for positions in kinds]
 
 
 def print_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
