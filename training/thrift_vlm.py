@@ -2,7 +2,8 @@
 
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
 `train` first teaches the projector to say what a patch shows and where it is (minutes), then trains projector and
-decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly.
+decoder on answers, with few patches an image at first: among 256 the right ones are found very slowly. Relations are
+asked in a phase of their own, when all else is answered.
 All questions about one image are one sequence: each sees the image and itself and no other question, and all begin at
 the same position, so the image is computed once for about 20 of them.
 `export` writes the weights into the package, answers the held-out questions and writes the model card.
@@ -472,6 +473,7 @@ def export(args: argparse.Namespace) -> None:
         "steps": state["step"],
         "images": state["images"],
         "hours": round(state["seconds"] / 3600, 2),
+        "history": args.history,
         "held_out": answers.to_dict(),
         "blind": blind(asked),
         "at_518": evaluate(loaded, processor, large).to_dict() if large else None,
@@ -491,7 +493,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000, help="scenes to train on")
     parser.add_argument("--checked", type=int, default=160, help="scenes of the log's accuracy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6200)
     parser.add_argument("--align", type=int, default=500, help="steps of the projector by itself")
     parser.add_argument(
         "--few", type=int, default=1500, help="steps that see 24 patches an image; then half as many, 64"
@@ -500,7 +502,7 @@ def main() -> None:
         "--relate",
         type=int,
         nargs=2,
-        default=(3000, 4000),
+        default=(3000, 5000),
         metavar=("FROM", "TO"),
         help="steps that ask mostly for relations, with 24 patches an image",
     )
@@ -513,6 +515,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--check", type=int, default=400, help="steps between two measurements of accuracy")
     parser.add_argument("--questions", type=int, default=1200, help="held-out questions at 224 pixels")
+    parser.add_argument("--history", help="a sentence for the card: how these weights were made differently")
     parser.add_argument("--large", type=int, default=120, help="held-out questions at 518 pixels")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

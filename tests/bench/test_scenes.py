@@ -141,3 +141,10 @@ def test_accuracy_and_interval() -> None:
     low, high = answers.interval()
     assert low == 0.0 and high == 1.0  # three images: none, half and all right
     assert Answers(("a",) * 4, (True,) * 4, ("what",) * 4, (0, 0, 1, 1)).interval() == (1.0, 1.0)
+
+
+def test_kinds_are_asked_as_often_as_wanted() -> None:
+    scene = lay_out(random.Random(3), held_out())
+    each = dict.fromkeys(KINDS, 0) | {"exists": 2, "what": 1}
+    kinds = [question.kind for question in ask(scene, random.Random(0), each)]
+    assert sorted(kinds) == ["exists", "exists", "what"]

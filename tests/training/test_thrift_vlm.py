@@ -134,3 +134,48 @@ def test_a_few_patches_show_every_item() -> None:
         assert len(set(kept)) == 24 and kept == sorted(kept)
         seen = {(int(labels[0, n]), int(labels[2, n])) for n in kept}
         assert all((NAMES.index(item.name), item.place) in seen for item in scene.items)
+
+
+def test_the_place_of_a_named_thing_is_told_at_its_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = next(
+        found
+        for found in (lay_out(random.Random(number), held_out()) for number in range(99))
+        if len({item.name for item in found.items}) == len(found.items) == 3
+    )
+    model = Tiny(len(tokenizer))
+    model.config.text_config.hidden_size = sum(thrift_vlm.Places.SIZES)
+    places = thrift_vlm.Places(model, tokenizer)
+    places.tell = torch.nn.Identity()
+    ids = torch.tensor(
+        [[tokenizer(f"{item.name} there", add_special_tokens=False)["input_ids"] for item in scene.items]]
+    )
+    told = torch.zeros(1, 3, 2, sum(thrift_vlm.Places.SIZES))
+    for number, item in enumerate(scene.items):
+        x, y = item.middle
+        for start, value in ((0, item.place), (9, int(y // 14)), (25, int(x // 14))):
+            told[0, number, 0, start + value] = 50
+    image = torch.zeros(1, 4, told.shape[-1])  # the image's tokens come first
+    places.states = torch.cat([image, told.flatten(1, 2)], dim=1)
+    assert places.loss(ids, [scene]) < 1e-6
+    places.states = torch.cat([image, told.flip(1).flatten(1, 2)], dim=1)
+    assert places.loss(ids, [scene]) > 10
+    nothing = torch.full_like(ids, tokenizer.convert_tokens_to_ids("there"))
+    assert places.loss(nothing, [scene]) == 0
+
+
+def test_the_middle_layers_states_are_told_from(tokenizer: Any) -> None:
+    model = Tiny(len(tokenizer))
+    model.config.text_config.hidden_size = 32
+    places = thrift_vlm.Places(model, tokenizer)
+    question = Question("where is the bag?", "top left", "where")
+    words = thrift_vlm.Packed(tokenizer)([[question]])
+    thrift_vlm.forward(model, torch.randn(1, 256, 6), words)
+    assert places.states.shape == (1, 257 + words["ids"].shape[-1], 32)
+    bag = next(
+        found
+        for found in (lay_out(random.Random(n), held_out()) for n in range(99))
+        if [i.name for i in found.items] == ["bag"]
+    )
+    places.loss(words["ids"], [bag]).backward()
+    first, second = model.model.language_model.layers
+    assert second.mlp.down_proj.weight.grad.any() and first.mlp.down_proj.weight.grad.any()

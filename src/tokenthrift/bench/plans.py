@@ -34,15 +34,17 @@ VISION = (
 """For vision encoders: one method from careful to aggressive, then others at one share."""
 
 VISUAL = (
-    *(f"connector={name}(keep=0.25)" for name in ("random_tokens", "uniform_tokens", "pool_tokens")),
-    "connector=divprune(keep=0.5)",
+    *(
+        f"connector={name}(keep=0.25, positions=original)"
+        for name in ("random_tokens", "uniform_tokens", "pool_tokens")
+    ),
+    *(f"connector=divprune(keep={keep}, positions=original)" for keep in (0.5, 0.25, 0.11)),
     "connector=divprune(keep=0.25)",
-    "connector=divprune(keep=0.11)",
-    "connector=visionzip(keep=0.25)",
-    "connector=hiprune(keep=0.25)",
+    *(f"connector={name}(keep=0.25, positions=original)" for name in ("visionzip", "hiprune")),
     "prefill=fastv(keep=0.25)",
 )
-"""For vision-language models: the baselines at one share, a method from careful to aggressive, others at that share."""
+"""For vision-language models: the baselines at one share, a method from careful to aggressive, others at that share.
+Tokens keep their positions: many of the shipped questions ask for places. One plan shows what gapless ones cost."""
 
 DEFAULTS = {"language": LANGUAGE, "vision": VISION, "visual": VISUAL}
 """By kind of model."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,12 +115,25 @@ def blind(asked: Iterable[Asked]) -> dict[str, float]:
     return shares | {"all": sum(best.values()) / sum(answers.total() for answers in given.values())}
 
 
+def encode(model: Any, pixels: Any) -> Any:
+    """Features of an image, (1, 3, height, width), as ``generate(mm_encoder_outputs={"image": ...})`` takes them."""
+    return model.get_image_features(pixels, return_dict=True)
+
+
+def repeated(encoded: Any, copies: int) -> Any:
+    """The features for so many prompts about the same image."""
+    again = copy(encoded)
+    again.pooler_output = [*encoded.pooler_output] * copies
+    return again
+
+
 def evaluate(
     model: Any,
     processor: Any,
     asked: Iterable[Asked],
     *,
     share: bool = True,
+    encoded: Any = None,
     new_tokens: int = 4,
     progress: Callable[[int], None] | None = None,
 ) -> Answers:
@@ -131,6 +145,7 @@ def evaluate(
         asked: what `questions` gives.
         share: compute the image's features once for all of its questions. Without it the image is given with each of
             them, as users do.
+        encoded: what `encode` gave for the image, if there is just one; it is shared then.
         new_tokens: so many tokens are written at most.
         progress: is told the number of questions answered so far.
     """
@@ -149,9 +164,7 @@ def evaluate(
         pixels = inputs.pop("pixel_values").to(model.dtype)
         with torch.inference_mode():
             if share:
-                features = model.get_image_features(pixels[:1], return_dict=True)
-                features.pooler_output = [*features.pooler_output] * copies
-                inputs["mm_encoder_outputs"] = {"image": features}
+                inputs["mm_encoder_outputs"] = {"image": repeated(encoded or encode(model, pixels[:1]), copies)}
             else:
                 inputs["pixel_values"] = pixels
             out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
