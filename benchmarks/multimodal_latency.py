@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -27,9 +28,9 @@ from torch import Tensor
 import tokenthrift as tt
 
 IMAGE_TOKEN, SIDE, PATCH = 999, 336, 14
-SMALL = {"vision": (256, 1024, 4, 4), "text": (1024, 2816, 8, 8)}
+SMALL: Mapping[str, tuple[int, ...]] = {"vision": (256, 1024, 4, 4), "text": (1024, 2816, 8, 8)}
 """Width, width of the MLP, layers, heads."""
-LLAVA_7B = {"vision": (1024, 4096, 24, 16), "text": (4096, 11008, 32, 32)}
+LLAVA_7B: Mapping[str, tuple[int, ...]] = {"vision": (1024, 4096, 24, 16), "text": (4096, 11008, 32, 32)}
 KINDS = {576: "llava", 2880: "llava_next"}
 
 
@@ -44,7 +45,7 @@ class Measured:
     selection: float
 
 
-def build(tokens: int, shape: dict[str, tuple[int, ...]], device: str) -> Any:
+def build(tokens: int, shape: Mapping[str, tuple[int, ...]], device: str) -> Any:
     """A random model that makes so many visual tokens of an image."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 

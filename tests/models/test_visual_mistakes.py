@@ -91,6 +91,13 @@ def test_files_that_are_no_images(tmp_path, monkeypatch):
     assert "more pixels than Pillow opens (2,000)" in told(processor(), images=whole, text="<image> what")
 
 
+def test_the_command_line_gives_a_processor_text_and_no_image():
+    from tokenthrift.cli.generate import _encode
+
+    assert _encode(processor(), "what", raw=False)["input_ids"].tolist() == [[4]]
+    assert "1 <image> in the text but 0 images" in told(_encode, processor(), "<image> what", raw=False)
+
+
 # ---- pixels and placeholders that do not fit the model ---------------------------------------------------------------
 
 
