@@ -192,6 +192,33 @@ def alone(family: str, r: int) -> dict[str, torch.Tensor]:
     return one
 
 
+_CROPS = {(48, 96): 3, (96, 48): 3, (96, 96): 5, (28, 96): 3}
+"""Images of these sizes are so many images of 48 x 48 pixels, the first of them the whole."""
+
+
+def packed(
+    sizes: list[tuple[int, int]], family: str = "llava_next"
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], list[int]]:
+    """A model that packs crops, its inputs for images of these sizes, and how many tokens each of them has."""
+    model = tiny_vlm(family)
+    crops = [_CROPS[size] for size in sizes]
+    pixels = torch.zeros(len(sizes), max(crops), 3, 48, 48)
+    for i, n in enumerate(crops):
+        pixels[i, :n] = images(n, seed=i)
+    of_images = torch.tensor(sizes)
+    with torch.no_grad():
+        lengths = [len(f) for f in model.model.get_image_features(pixels, of_images).pooler_output]
+    return model, {"pixel_values": pixels, "image_sizes": of_images}, lengths
+
+
+def prompted(family: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model of any family, and a batch of a row with one image and a row with two."""
+    if family not in ("llava_next", "llava_onevision"):
+        return tiny_vlm(family), pictured(family, ROWS, 3)
+    model, given, (a, b, c) = packed([(96, 48), (28, 96), (48, 96)], family)
+    return model, {**batch([row([5, 6], a, [7, 8, 9]), row([3, 4], b, [5, 6, 7], c, [8])]), **given}
+
+
 def patches(pixels: torch.Tensor, side: int = 4, block: int = 2) -> torch.Tensor:
     """Flat patches in the order of Qwen's processors: blocks of 2 x 2, each patch twice in time."""
     n, c, h, w = pixels.shape

@@ -295,7 +295,7 @@ def test_wrong_usage():
     model = tiny_vlm("llava")
     with tt.apply(QUARTER, model), torch.no_grad():
         few = pictured("llava", [row([5], 35, [7])], 1)
-        with pytest.raises(ValueError, match="do not match"):
+        with pytest.raises(ThriftError, match="35 image placeholders, and the images given are 36 tokens"):
             model(**few)
         inputs = pictured("llava", [ROWS[0]], 1)
         made = model.model.get_image_features(images(1))

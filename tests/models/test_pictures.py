@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenthrift as tt
-from tiny_vlms import IMAGE, VIDEO, batch, images, patches, pictured, row, tiny_vlm
+from tiny_vlms import IMAGE, VIDEO, batch, images, packed, patches, pictured, row, tiny_vlm
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.method import method
 from tokenthrift.core.tokenmap import TokenMap
@@ -33,19 +33,6 @@ class SpyOnView:
         if self.cls:
             SEEN["cls"] = view.cls(self.layer)
         return TokenMap.identity(view.mask.shape[1], view.mask.shape[:1])
-
-
-def packed(sizes, family="llava_next"):
-    """Inputs of one row with images of these sizes, as crops, and how many tokens and crops each of them has."""
-    model = tiny_vlm(family)
-    counts = {(48, 96): 3, (96, 48): 3, (96, 96): 5, (28, 96): 3}
-    crops = [counts[size] for size in sizes]
-    pixels = torch.zeros(len(sizes), max(crops), 3, 48, 48)
-    for i, n in enumerate(crops):
-        pixels[i, :n] = images(n, seed=i)
-    sizes = torch.tensor(sizes)
-    lengths = [len(f) for f in model.model.get_image_features(pixels, sizes).pooler_output]
-    return model, {"pixel_values": pixels, "image_sizes": sizes}, lengths
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])

@@ -96,6 +96,6 @@ def _check_length(model: Any, prompt: int, new: int) -> None:
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
     if raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(text, return_tensors="pt")
+        return tokenizer(text=text, return_tensors="pt")  # the first argument of a processor is the image
     message = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

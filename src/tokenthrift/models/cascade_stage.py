@@ -85,7 +85,7 @@ def install_cascade(
             "use prefill=gemfilter or prefill=spatten_cascade"
         )
     layers = Depth(adapter.model).layers
-    check_windows(adapter, f"prefill={name}")
+    check_windows(adapter, f"prefill={name}", "connector=..." if hasattr(adapter, "visual") else "prefill=gemfilter")
     run = Cascade(adapter, method, session)
     for i, layer in enumerate(layers):
         replace_method(layer, "forward", partial(_layer_forward, run, i), undo)

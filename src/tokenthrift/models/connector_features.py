@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.costs import linear_flops
 from ..core.errors import ThriftError
 from ..core.session import Session
 from ..core.tokenmap import TokenMap
@@ -18,11 +19,11 @@ from .connector_maps import Pictures
 from .encoder_parts import EncoderParts, watching_layers
 from .pictures import Picture, Seen
 from .replacing import replace_method
+from .visual_inputs import MODALITIES, check_pixels, why_refused
 
 if TYPE_CHECKING:
     from .multimodal import MultimodalAdapter
 
-MODALITIES = ("image", "video")
 _NOTE = "_tokenthrift_pictures"
 
 
@@ -30,14 +31,18 @@ class Features:
     """Notes :class:`~tokenthrift.models.connector_maps.Pictures` on what the model's functions return.
 
     Args:
-        found: is told which pictures of which modality were made.
+        found: is told the modality, which pictures of it were made, and their features.
 
     Raises:
         ThriftError: the method asks for layers that the encoder does not have, or for what a vision method changes.
     """
 
     def __init__(
-        self, adapter: MultimodalAdapter, method: Any | None, session: Session, found: Callable[[str, Pictures], None]
+        self,
+        adapter: MultimodalAdapter,
+        method: Any | None,
+        session: Session,
+        found: Callable[[str, Pictures, Any], None],
     ) -> None:
         self.adapter, self.inner, self.session, self.found = adapter, adapter.inner, session, found
         self.needs = set() if method is None else set(method.info.needs)
@@ -75,6 +80,9 @@ class Features:
         """``get_image_features`` or ``get_video_features``: note the layout of what comes out."""
         if getattr(self._running, "encoding", False):  # one of these may call the other
             return plain(*args, **kwargs)
+        given = inspect.signature(plain).bind(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        check_pixels(given)
         self._running.encoding = True
         packed: dict[str, Any] = {}
         layers, which = self.adapter.layers, self.which
@@ -84,12 +92,15 @@ class Features:
                     replace_method(self.inner, "pack_image_features", partial(_note_packing, packed), undo)
                 watched = undo.enter_context(watching_layers(layers, which, self.needs)) if which else {}
                 out = plain(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            why = why_refused(self.inner.config, given)
+            if why is None or isinstance(error, ThriftError):
+                raise
+            raise ThriftError(f"{why}: make them with the model's own processor") from error
         finally:
             self._running.encoding = False
         if not hasattr(out, "pooler_output"):
             return out
-        given = inspect.signature(plain).bind(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
         lengths = [len(features) for features in out.pooler_output]
         seen = Seen(self.inner, given, lengths, packed or None, modality == "video")
         found = self.adapter.family.read(seen)
@@ -99,7 +110,7 @@ class Features:
         elif watched:
             pictures.parts = self._parts(watched, seen)
         setattr(out, _NOTE, (self, pictures))
-        self.found(modality, pictures)
+        self.found(modality, pictures, out.pooler_output)
         return out
 
     def _parts(self, watched: dict[int, Any], seen: Seen) -> EncoderParts:
@@ -137,6 +148,8 @@ class Features:
                 "the vision stage reduced other layers than those that the connector reads: use a single feature layer"
             )
         n, spaced, pictures = map.n_in - cut, [], []
+        spared = len(features) * (n - len(features[0]))
+        self.session.flops_dense += linear_flops(self.inner.multi_modal_projector, spared)
         for row, of_image in enumerate(features):
             real = map.mask[row, cut:]
             at, order = (map.anchors[row, cut:][real] - cut).sort()

@@ -33,7 +33,7 @@ from ..core.tokenmap import TokenMap
 from ..core.view import Lazy, View
 from .attention import real_tokens
 from .connector_cache import ConnectorCache, check_cache, remember
-from .connector_features import MODALITIES, Features
+from .connector_features import Features
 from .connector_maps import (
     Pictures,
     Placed,
@@ -48,6 +48,7 @@ from .connector_maps import (
 from .connector_masks import shorten_masks
 from .connector_positions import POLICIES, drop_positions
 from .replacing import replace_method
+from .visual_inputs import MODALITIES, check_images_given, check_placeholders
 
 if TYPE_CHECKING:
     from .multimodal import MultimodalAdapter
@@ -125,8 +126,9 @@ class Connector:
     def _now(self) -> Now | None:
         return getattr(self._running, "now", None)
 
-    def _found(self, modality: str, pictures: Pictures) -> None:
+    def _found(self, modality: str, pictures: Pictures, features: Any) -> None:
         if self._now is not None:
+            check_placeholders(self.inner.config, self._now.ids, modality, features)
             self._now.pictures[modality] = pictures
 
     def _join(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -134,10 +136,11 @@ class Connector:
         given = inspect.signature(plain).bind(*args, **kwargs).arguments if args else kwargs
         mask, before = given.get("attention_mask"), self._now
         now = Now(given.get("input_ids"), mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, {})
-        outputs = given.get("mm_encoder_outputs")
-        if isinstance(outputs, dict) and (self.method is not None or self.adapter.reduced):
-            for modality, out in outputs.items():
-                if out is not None and getattr(out, "pooler_output", None) is not None:
+        check_images_given(self.inner.config, given)
+        for modality, out in (given.get("mm_encoder_outputs") or {}).items():
+            if out is not None and getattr(out, "pooler_output", None) is not None:
+                check_placeholders(self.inner.config, now.ids, modality, out.pooler_output)
+                if self.method is not None or self.adapter.reduced:
                     now.pictures[modality] = self.features.noted(out)
         self._running.now = now
         try:

@@ -16,6 +16,7 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
     """Hook the model's forward until ``undo`` closes; adds each call to ``session.flops`` and ``flops_dense``."""
     costs = adapter.costs
     nothing = [(0, 0)] * costs.layers
+    windows = costs.windows or (None,) * costs.layers
     held = nothing
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -31,14 +32,20 @@ def install_counter(adapter: DecoderAdapter, session: Session, undo: ExitStack) 
             v for k in ("input_ids", "inputs_embeds") if (v := kwargs.get(k, args[0] if args else None)) is not None
         )
         batch, new = tokens.shape[:2]
-        logits = output.logits if hasattr(output, "logits") else output[0]
+        shown = (output.logits if hasattr(output, "logits") else output[0]).shape[1]
         session.count_forward(
-            batch * costs.flops(new, [stored + new for stored, _ in held], logits.shape[1]),
-            batch * costs.flops(new, [seen + new for _, seen in held], logits.shape[1]),
+            batch * costs.flops(new, [stored + new for stored, _ in held], shown),
+            batch
+            * costs.flops(new, [_within(w, seen) + new for w, (_, seen) in zip(windows, held, strict=True)], shown),
         )
 
     undo.callback(adapter.model.register_forward_pre_hook(before, with_kwargs=True).remove)
     undo.callback(adapter.model.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def _within(window: int | None, tokens: int) -> int:
+    """How many of them a full cache holds: the last place of a window is the next query's."""
+    return tokens if window is None else min(tokens, window - 1)
 
 
 def _entries(layer: Any) -> tuple[int, int]:

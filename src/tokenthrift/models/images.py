@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a photo is turned."""
+
 Fit = Literal["stretch", "aspect", "pad"]
 
 
@@ -79,7 +82,9 @@ def open_image(image: Any) -> Any:
     elif not isinstance(image, Image.Image):
         image = _from_array(image, Image)
     try:
-        return _rgb(ImageOps.exif_transpose(image), Image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # where nothing turns, a large image need not be copied
+            image = ImageOps.exif_transpose(image)
+        return _rgb(image, Image)
     except (OSError, ValueError, SyntaxError) as error:
         raise ThriftError(f"the image cannot be decoded ({error}): it is truncated or damaged") from error
 
@@ -88,12 +93,15 @@ def _open_file(path: Path, Image: Any) -> Any:
     try:
         with Image.open(path) as opened:
             opened.load()
-            return opened.copy()
+            return opened
     except FileNotFoundError as error:
         raise ThriftError(f"there is no image {path}") from error
     except IsADirectoryError as error:
         raise ThriftError(f"{path} is a folder, not an image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise ThriftError(f"{path} has more pixels than Pillow opens ({most:,}): make the image smaller") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ThriftError(f"{path} is not an image Pillow can read: damaged, or an unknown format") from error
 
 
@@ -111,7 +119,8 @@ def _from_array(array: Any, Image: Any) -> Any:
     if data.dtype.kind == "f":
         if not (np.isfinite(data).all() and data.min() >= 0 and data.max() <= 1):
             raise ThriftError("a float image holds values from 0 to 1 (divide by 255, or pass uint8)")
-        data = np.rint(data * 255)
+        data = data * 255
+        np.rint(data, out=data)
     elif data.dtype.kind == "b":
         data = data * 255
     elif data.min() < 0 or data.max() > 255:
@@ -121,12 +130,14 @@ def _from_array(array: Any, Image: Any) -> Any:
 
 def _rgb(image: Any, Image: Any) -> Any:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("RGBA") if image.mode != "RGBA" else image
         # The colour under a transparent pixel is arbitrary, so it must not show through.
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        under = Image.new("RGB", image.size, "white")
+        under.paste(image, mask=image.getchannel("A"))
+        return under
     if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip nearly everything to white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _pixels(image: Any, size: int, patch: int, fit: Fit) -> torch.Tensor:

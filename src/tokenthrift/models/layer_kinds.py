@@ -42,14 +42,19 @@ def check_kinds(model: Any, what: str, *, states: bool) -> None:
         )
 
 
-def check_windows(adapter: DecoderAdapter, what: str) -> None:
+def check_windows(adapter: DecoderAdapter, what: str, instead: str) -> None:
     """Refuse a model with a sliding window.
+
+    Args:
+        what: that cannot have one, as in ``"prefill=fastv"``.
+        instead: what to use, as in ``"connector=divprune"``.
 
     Raises:
         ThriftError: says so.
     """
     if any(window is not None for window in adapter.costs.windows):
-        raise ThriftError(f"{what} needs layers with full attention; {type(adapter.model).__name__} has windows")
+        kind = type(adapter.model).__name__
+        raise ThriftError(f"{what} needs layers with full attention; {kind} has sliding windows: use {instead}")
 
 
 def odd_layers(model: Any) -> dict[int, str]:

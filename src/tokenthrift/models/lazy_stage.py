@@ -144,7 +144,7 @@ def install_lazy(adapter: DecoderAdapter, method: Any, session: Session, undo: E
         ThriftError: layers that cannot be found, have a sliding window, or are not there.
     """
     layers, name = Depth(adapter.model).layers, method.info.name
-    check_windows(adapter, f"prefill={name}")
+    check_windows(adapter, f"prefill={name}", "prefill=gemfilter")
     ends: list[int] = method.ends(len(layers))
     floors = [sum(end < i for end in ends) for i in range(len(layers))]
     run = Floors(adapter, method, session, ends)

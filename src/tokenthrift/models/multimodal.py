@@ -17,6 +17,7 @@ from .decoder import DecoderAdapter, find_attentions
 from .encoder import EncoderAdapter, find_encoder, has, part
 from .pictures import Picture, Seen, read_blocks, read_merged, read_packed, read_rows
 from .replacing import replace_method
+from .visual_costs import install_visual_counter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class MultimodalAdapter:
         self.decoder = LanguageAdapter(model, self.language)
         self.reader = PromptAdapter(self)
         self._connector: Any = None
-        self._attached = False
+        self._attached = self._counting = False
         self.reduced = False
         """Whether the encoder returns fewer tokens than patches."""
 
@@ -147,6 +148,10 @@ class MultimodalAdapter:
         from .connector_stage import install_connector
 
         visual = "visual" in methods[0].info.needs
+        if not self._counting:
+            undo.callback(setattr, self, "_counting", False)
+            self._counting = True
+            install_visual_counter(self, session, undo)
         if stage == "vision":
             self._install_vision(methods[0], session, undo)
         joins = stage == "vision" and self.reduced and not {"connector", "prefill"} & set(session.plan.stages)
@@ -155,7 +160,7 @@ class MultimodalAdapter:
             self._attached = True
             method = methods[0] if stage == "connector" else None
             self._connector = install_connector(self, method, session, undo)
-            self.decoder.count(session, undo)
+        self.decoder.count(session, undo)
         if stage in ("vision", "connector"):
             return
         if stage != "prefill":

@@ -81,6 +81,8 @@ class _Runtime:
             raise ThriftError(f"{self.name} on={sorted(self.on)}: name some of 'attention', 'mlp' and 'kernel'")
         if getattr(method, "images_only", False) and self.family.text:
             raise ThriftError(f"{self.name} works on grids of patches; {type(self.encoder).__name__} reads text")
+        if "segments" in method.info.needs and not self.family.text:
+            raise ThriftError(f"{self.name} works on the words of a text; {type(self.encoder).__name__} reads images")
         if "mlp" in self.on and self.family.post_norm:
             raise ThriftError(f"{type(self.encoder).__name__} has no MLP module to merge around: leave out on='mlp'")
         self.prop_attn = bool(getattr(method, "prop_attn", False)) and self.placement != "around"
