@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -45,7 +46,8 @@ def _on_ray(ray: Any, workers: int | None, shortener: Shortener, parts: Sequence
     if not parts:
         return
     if not ray.is_initialized():
-        ray.init(logging_level="error", log_to_driver=False, include_dashboard=False)
+        here = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": workers}
+        ray.init(**here, logging_level="error", log_to_driver=False, include_dashboard=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     size = min(workers or int(ray.cluster_resources().get("CPU", 1)), len(parts))
@@ -60,20 +62,12 @@ def _on_ray(ray: Any, workers: int | None, shortener: Shortener, parts: Sequence
     )
     try:
         for row in dataset.iter_rows():
+            if (mistake := row.pop("mistake")) is not None:
+                raise ThriftError(mistake)
             yield Done(**row)
-    except Exception as error:  # Ray wraps what its workers raise in classes of its own
-        raise _plain(error) from None
-
-
-def _plain(error: BaseException) -> ThriftError:
-    """One line: that of a worker, or that workers were lost."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen) is ThriftError:
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    said = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return ThriftError(f"Ray's workers failed ({said}): the same command goes on with what is left")
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ThriftError(f"Ray's workers failed ({said[0]}): the same command goes on with what is left") from None
 
 
 class _Worker:
@@ -84,4 +78,9 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         part = Part(**{name: column.tolist()[0] for name, column in batch.items()})
-        return {name: [value] for name, value in vars(self.shortener(part)).items()}
+        # A user's mistake is an answer: what is raised here, Ray tries again, and wraps in a page of text.
+        try:
+            done, mistake = self.shortener(part), None
+        except ThriftError as error:
+            done, mistake = Done(part.index, 0, 0, 0, 0, None), str(error)
+        return {name: [value] for name, value in {**vars(done), "mistake": mistake}.items()}
