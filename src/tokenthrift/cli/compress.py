@@ -63,14 +63,24 @@ def compress(
     out: Annotated[Path | None, typer.Option(help="Write the text to this file instead of standard output.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that shows what was dropped and protected.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--input", help="A corpus instead of a file: a glob of .parquet and .jsonl files, in quotes."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="With --input: the folder for what comes of it; a run goes on where it was left."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="With --input: the column of the texts.")] = "text",
+    engine: Annotated[str, typer.Option(help="With --input: local, or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="With --engine ray: how many; one a CPU by default.")] = None,
+    part_rows: Annotated[int, typer.Option(help="With --input: rows in a part, which is done as a whole.")] = 1000,
 ) -> None:
-    """Shorten a prompt to a share of its tokens, with spans of the original only."""
+    """Shorten a prompt to a share of its tokens, with spans of the original only; or every text of a corpus."""
     if not messages and (roles is not None or append_only):
         raise ThriftError("--roles and --append-only are for chat messages: add --messages")
     if messages and html is not None:
         raise ThriftError("--html shows one text: leave it out with --messages")
-    text = _read(file)
-    data, chat = _messages(text) if messages else (None, None)
     options = {
         "question": question,
         "tokens": tokens,
@@ -84,6 +94,19 @@ def compress(
         **({"roles": roles, "append_only": append_only} if messages else {}),
     }
     params = {**({} if rate is None else {"rate": rate}), **dict(_key_and_value(p) for p in param or [])}
+    if pattern is not None:
+        if file != "-" or messages or html is not None or out is not None:
+            raise ThriftError("--input reads a corpus: leave out FILE, --messages, --html and --out (it has --output)")
+        from ..integrations.corpus.job import Settings
+        from .corpus import compress_corpus
+
+        settings = Settings(column, method, params, options, model)
+        compress_corpus(pattern, output, settings, engine=engine, workers=workers, rows=part_rows, as_json=as_json)
+        return
+    if output is not None or engine != "local":
+        raise ThriftError("--output and --engine are for a corpus: name its files with --input")
+    text = _read(file)
+    data, chat = _messages(text) if messages else (None, None)
     result = _compress(chat if messages else text, method, params, options, model)
 
     shown = json.dumps(_put_back(data, result.messages), ensure_ascii=False, indent=2) if messages else result.text
