@@ -129,11 +129,11 @@ def test_a_head_that_is_written_reads_back(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_folders_without_a_head_or_with_a_damaged_one(tmp_path: Path) -> None:
-    with pytest.raises(ThriftError, match="has no card.json: give a folder that training made"):
+    with pytest.raises(ThriftError, match=r"has no card\.json: give a folder that training made"):
         load_word_scorer(str(tmp_path / "nothing"))
     save_word_head(word_scorer().head, tmp_path, {"encoder": "tiny"})
     (tmp_path / WEIGHTS).write_bytes(b"no weights")
-    with pytest.raises(ThriftError, match="cannot be read .* train or install it again"):
+    with pytest.raises(ThriftError, match=r"cannot be read .* train or install it again"):
         load_word_scorer(str(tmp_path))
 
 

@@ -4,8 +4,7 @@
 
 Each text is a passage and the tokens that follow it. Fidelity is the KL divergence (nats a token) of the model's
 predictions of these tokens after the shortened passage from those after the whole one, and how much worse it predicts
-them. Answers are strings that occur once in a passage: names, numbers, single rare words, phrases of two or three words;
-recall is the share of them that the shortened passage has. Nothing is protected but with --protect.
+them. Answers are strings that occur once in a passage: names, numbers, long words, phrases of two or three words; recall is the share of them that the shortened passage has. Nothing is protected but with --protect.
 Without --files the texts are the topics of Python's own help.
 """
 
@@ -79,7 +78,7 @@ class Fidelity:
 
 def cut(text: str, tokenizer: object) -> tuple[str, list[int]]:
     """A passage, and the ids of what follows it."""
-    ids, spans = encode(tokenizer, [text])[0]
+    _, spans = encode(tokenizer, [text])[0]
     at = spans[-BEHIND][0]
     return text[:at], encode(tokenizer, [text[at:]])[0][0][:BEHIND]
 

@@ -34,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Fitted:
-    """How it went: held-out loss of every epoch, the best epoch, and rank correlations of both costs on held-out text."""
+    """Held-out loss of every epoch, the best epoch, rank correlations of both costs on held-out passages, labels."""
 
     losses: list[float]
     best: int

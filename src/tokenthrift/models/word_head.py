@@ -48,7 +48,7 @@ class WordHead(nn.Module):
         self.drop = nn.Dropout(0.2)
 
     def forward(self, states: Tensor, features: Tensor) -> Tensor:
-        """``(words, 2)`` from ``(words, layers, dim)`` and ``(words, FEATURES)``, the words in the order of the text."""
+        """``(words, 2)`` from ``(words, layers, dim)`` and ``(words, FEATURES)``, in the order of the text."""
         parts = [norm(states[:, i]) for i, norm in enumerate(self.norms)]
         read = nn.functional.gelu(self.read(self.drop(torch.cat([*parts, features], dim=-1))))
         near = read + self.around(read.T[None])[0].T
@@ -127,7 +127,7 @@ class WordScorer:
 
 
 def surface(text: str, units: Sequence[Span]) -> Tensor:
-    """``(words, FEATURES)``: what can be seen of each word without reading: its form, and where else the text has it."""
+    """``(words, FEATURES)``: what each word looks like, and where else the text has it."""
     words = [text[start:end] for start, end in units]
     bare = [word.strip().lower() for word in words]
     ahead, seen, pairs = Counter(bare), Counter[str](), Counter[tuple[str, str]]()
