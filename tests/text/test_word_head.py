@@ -42,7 +42,8 @@ def test_a_word_has_the_mean_of_the_states_of_its_own_tokens() -> None:
     spans = tokenizer()(text, return_offsets_mapping=True)["offset_mapping"]
     with torch.no_grad():
         hidden = judge.encoder(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    states = judge.states(text, units)
+    states, counts = judge.states(text, units)
+    assert int(counts.sum()) == len(ids)
     for unit, (start, end) in enumerate(units):
         mine = [i for i, (_, stop) in enumerate(spans) if start < stop <= end]
         expected = torch.stack([hidden[layer][0, mine].mean(0) for layer in (0, 2)])
@@ -53,12 +54,12 @@ def test_long_texts_are_read_in_chunks_whose_order_and_padding_do_not_matter() -
     judge = word_scorer()
     text = "The rent was paid. " * 3 + PROSE + "He asked. " * 40
     units = words(text)
-    states = judge.states(text, units)
+    states, _ = judge.states(text, units)
     small = WordScorer(judge.encoder, judge.tokenizer, judge.head, window=judge.window)
     assert not states.isnan().any()
-    torch.testing.assert_close(small.states(text, units), states)
+    torch.testing.assert_close(small.states(text, units)[0], states)
     first = next(i for i, (_, end) in enumerate(units) if end > text.index("He asked"))
-    alone = judge.states(text[: units[first - 1][1]], units[:first])
+    alone, _ = judge.states(text[: units[first - 1][1]], units[:first])
     torch.testing.assert_close(states[: first - 40], alone[: first - 40])  # the chunk at the edge differs
 
 
@@ -93,11 +94,34 @@ def test_nothing_has_no_worth() -> None:
 def test_the_words_of_most_worth_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     judge = word_scorer()
     liked = {"Lisbon", "porter", "answer"}
-    monkeypatch.setattr(
-        judge, "worth", lambda text, units: [float(text[a:b].strip() in liked) for a, b in units], raising=True
-    )
-    out = compress_text([WordHeadMethod(rate=0.2, model=judge)], PROSE, None, tokenizer())
+    monkeypatch.setattr(judge, "worth", lambda text, units: [(float(text[a:b].strip() in liked), 1) for a, b in units])
+    out = compress_text([WordHeadMethod(rate=0.2, level="word", tail=0, model=judge)], PROSE, None, tokenizer())
     assert liked <= set(out.text.replace(".", " ").split())
+
+
+def test_a_phrase_is_worth_the_mean_over_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, text = word_scorer(), "the old roof fell"
+    worth = [(1.0, 1), (2.0, 3), (4.0, 1), (9.0, 2)]
+    monkeypatch.setattr(judge, "worth", lambda *_: worth)
+    method = WordHeadMethod(model=judge)
+    assert method.of_units(text, [(0, 12), (12, 17)], judge) == [pytest.approx(11 / 5), 9.0]
+    monkeypatch.setattr(judge, "worth", lambda *_: [*worth[:3], (0.0, 0)])
+    assert method.of_units(text, [(0, 12), (12, 17)], judge) == [pytest.approx(11 / 5), float("inf")]
+
+
+def test_the_tail_is_a_share_of_the_budget_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = word_scorer()
+    text = " ".join(["word"] * 100)
+    monkeypatch.setattr(judge, "worth", lambda text, units: [(float(-i), 1) for i in range(len(units))])
+    kept = {}
+    for tail in (0, 0.2, 1):
+        method = WordHeadMethod(rate=0.4, level="word", tail=tail, model=judge)
+        kept[tail] = compress_text([method], text, None, tokenizer()).kept
+    assert [a for a, _ in kept[0]] == [0]  # the first are worth most
+    start, end = kept[0.2][-1]
+    assert end == len(text)
+    assert (end - start) / sum(b - a for a, b in kept[0.2]) == pytest.approx(0.2, abs=0.03)
+    assert kept[1][-1][0] == len(text) - 24 * len(" word")  # no more than so many units, whatever the share
 
 
 def test_no_model_is_asked_where_all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +145,9 @@ def test_a_head_that_is_written_reads_back(tmp_path: Path, monkeypatch: pytest.M
     save_word_head(judge.head, tmp_path, {"encoder": "tiny"})
     units = words(PROSE)
     again = load_word_scorer(str(tmp_path))
-    assert again.worth(PROSE, units) == pytest.approx(judge.worth(PROSE, units), abs=0.02)  # float16
+    for (read, tokens), (worth, same) in zip(again.worth(PROSE, units), judge.worth(PROSE, units), strict=True):
+        assert read == pytest.approx(worth, abs=0.02)  # float16
+        assert tokens == same
     out = compress_text(
         Plan.parse(f"text=word_head(rate=0.4, model='{tmp_path}')").at("text"), PROSE, None, tokenizer()
     )

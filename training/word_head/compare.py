@@ -4,8 +4,9 @@
 
 Each text is a passage and the tokens that follow it. Fidelity is the KL divergence (nats a token) of the model's
 predictions of these tokens after the shortened passage from those after the whole one, and how much worse it predicts
-them. Answers are strings that occur once in a passage: names, numbers, long words, phrases of two or three words; recall is the share of them that the shortened passage has. Nothing is protected but with --protect.
-Without --files the texts are the topics of Python's own help.
+them. Answers are strings that occur once in a passage: names, numbers, long words, phrases of two or three words;
+recall is the share of them that the shortened passage has. Nothing is protected but with --protect. Half of the texts
+are topics of Python's own help, half come from the files, if any are given.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
-    texts = [text for file in args.files for text in from_file(file)] or topics()
+    texts = [*topics(), *(text for file in args.files for text in from_file(file))]
     scorer, embedder = Scorer(*tt.load("smollm2-135m")), Embedder(*tt.load("minilm-l6"))
     fidelity = Fidelity(scorer)
     rows = []
@@ -134,7 +135,7 @@ def topics() -> list[Text]:
     """Python's own help (PSF licence)."""
     from pydoc_data.topics import topics as found
 
-    return [Text(f"topics {name}", text) for name, text in sorted(found.items()) if len(text) > 3000]
+    return [Text(f"topics/{name}", text) for name, text in sorted(found.items()) if len(text) > 3000]
 
 
 def table(rows: Sequence[dict], plans: Sequence[str], rates: Sequence[float]) -> str:

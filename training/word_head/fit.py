@@ -75,7 +75,7 @@ def examples(rows: Sequence[dict[str, Any]], scorer: WordScorer) -> list[Example
                 costs[i, 0] = min(own / tokens, HIGHEST)
                 if len(later) >= LEAST:
                     costs[i, 1] = max(min(sum(later[NEAR:]) / tokens, HIGHEST), -1.0)
-        found.append(Example(scorer.states(row["text"], units), surface(row["text"], units), costs))
+        found.append(Example(scorer.states(row["text"], units)[0], surface(row["text"], units), costs))
     return found
 
 

@@ -84,8 +84,8 @@ class WordScorer:
         return f"<word head on {type(self.encoder).__name__}>"
 
     @torch.inference_mode()
-    def worth(self, text: str, units: Sequence[Span]) -> list[float]:
-        """One number a word: nats, a token, that a language model would pay if the word were gone.
+    def worth(self, text: str, units: Sequence[Span]) -> list[tuple[float, int]]:
+        """Of each word: nats, a token, that a language model would pay if it were gone; and its tokens here.
 
         Args:
             text: any text.
@@ -93,13 +93,13 @@ class WordScorer:
         """
         if not units:
             return []
-        costs = self.head(self.states(text, units), surface(text, units))
-        worth: list[float] = self.head.worth(costs).tolist()
-        return worth
+        states, tokens = self.states(text, units)
+        worth = self.head.worth(self.head(states, surface(text, units)))
+        return list(zip(worth.tolist(), tokens.tolist(), strict=True))
 
     @torch.no_grad()
-    def states(self, text: str, units: Sequence[Span]) -> Tensor:
-        """``(words, layers, dim)``: the means over each word's tokens, 0 for a word without any."""
+    def states(self, text: str, units: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """``(words, layers, dim)``, the means over each word's tokens, 0 where it has none; and their counts."""
         ids, spans = encode(self.tokenizer, [text])[0]
         head, stops = self.head, [text[end - 1 : end] in ".!?。！？\n" for _, end in spans]
         ends = [end for _, end in units]
@@ -122,8 +122,8 @@ class WordScorer:
             read = torch.stack([out[layer] for layer in head.layers], dim=2).float().cpu()
             for row, (start, end) in enumerate(batch):
                 total.index_add_(0, owner[start:end], read[row, len(before) : len(before) + end - start])
-        counts = torch.bincount(owner, minlength=len(units)).clamp(min=1)
-        return total / counts[:, None, None]
+        counts = torch.bincount(owner, minlength=len(units))
+        return total / counts.clamp(min=1)[:, None, None], counts
 
 
 def surface(text: str, units: Sequence[Span]) -> Tensor:
