@@ -16,8 +16,9 @@ import json
 import random
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import Text, from_file, passages
@@ -25,7 +26,7 @@ from corpus import Text, from_file, passages
 import tokenthrift as tt
 from tokenthrift.bench.metrics import bootstrap, kl_divergence, nats_per_token
 from tokenthrift.models.scoring import Embedder, Scorer
-from tokenthrift.ops.tokens import encode
+from tokenthrift.ops.tokens import Span, encode
 from tokenthrift.text.spans import FUNCTION_WORDS, phrases
 
 PLANS = (
@@ -63,11 +64,36 @@ def has(text: str, answer: str, times: int | None = None) -> bool:
     return found > 0 if times is None else found == times
 
 
+class Remembering(Scorer):
+    """A scorer that reads each passage once, whatever the number of rates."""
+
+    _last: tuple[Any, Any] = (None, None)
+
+    def self_information(self, text: str, segments: Sequence[Span] | None = None) -> list[tuple[int, int, float]]:
+        key = (text, None if segments is None else tuple(segments))
+        if self._last[0] != key:
+            self._last = (key, super().self_information(text, segments))
+        return list(self._last[1])
+
+
 class Fidelity:
     """What a model predicts of the tokens behind a passage."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
+
+    def of(self, text: str, behind: Sequence[int]) -> Callable[[str], dict[str, float]]:
+        """What measures a shortened text against the whole one."""
+        full, truth = self.logits(text, behind), torch.tensor(behind)
+
+        def measure(shorter: str) -> dict[str, float]:
+            found = self.logits(shorter, behind)
+            return {
+                "kl": kl_divergence(full, found),
+                "nats": nats_per_token(found, truth) - nats_per_token(full, truth),
+            }
+
+        return measure
 
     @torch.inference_mode()
     def logits(self, prompt: str, behind: Sequence[int]) -> torch.Tensor:
@@ -77,7 +103,7 @@ class Fidelity:
         return self.scorer.model(ids, logits_to_keep=len(behind) + 1).logits[0, :-1].float()
 
 
-def cut(text: str, tokenizer: object) -> tuple[str, list[int]]:
+def cut(text: str, tokenizer: Any) -> tuple[str, list[int]]:
     """A passage, and the ids of what follows it."""
     _, spans = encode(tokenizer, [text])[0]
     at = spans[-BEHIND][0]
@@ -90,6 +116,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=list(PLANS), help="text methods")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--passages", type=int, default=24)
+    parser.add_argument("--fidelity", type=int, default=24, help="passages on which fidelity is measured, too")
     parser.add_argument("--chars", type=int, default=1700)
     parser.add_argument("--answers", type=int, default=5, help="of each kind, from a passage")
     parser.add_argument("--protect", default="none", help="what must survive, as in tokenthrift compress")
@@ -100,14 +127,13 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     texts = [*topics(), *(text for file in args.files for text in from_file(file))]
-    scorer, embedder = Scorer(*tt.load("smollm2-135m")), Embedder(*tt.load("minilm-l6"))
+    scorer, embedder = Remembering(*tt.load("smollm2-135m")), Embedder(*tt.load("minilm-l6"))
     fidelity = Fidelity(scorer)
     rows = []
     for number, passage in enumerate(passages(texts, args.passages, args.chars, args.seed)):
         text, behind = cut(passage.text, scorer.tokenizer)
         asked = answers(text, args.answers, random.Random(f"{args.seed}/{number}"))
-        full = fidelity.logits(text, behind)
-        truth = torch.tensor(behind)
+        measure = fidelity.of(text, behind) if number < args.fidelity else lambda _: {}
         for plan in args.plans:
             name, params = _parsed(plan)
             for rate in args.rates:
@@ -115,15 +141,9 @@ def main() -> None:
                     text, name, rate, tokenizer=scorer.tokenizer, scorer=scorer, embedder=embedder,
                     protect=args.protect, **params,
                 )  # fmt: skip
-                logits = fidelity.logits(out.text, behind)
                 kept = {kind: [has(out.text, a) for a in group] for kind, group in asked.items()}
-                rows.append(
-                    {
-                        "passage": number, "source": passage.source, "plan": plan, "rate": rate,
-                        "kept": out.rate, "kl": kl_divergence(full, logits),
-                        "nats": nats_per_token(logits, truth) - nats_per_token(full, truth), "answers": kept,
-                    }
-                )  # fmt: skip
+                row = {"passage": number, "source": passage.source, "plan": plan, "rate": rate, "kept": out.rate}
+                rows.append({**row, **measure(out.text), "answers": kept})
                 if args.out is not None:
                     with args.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
@@ -139,17 +159,23 @@ def topics() -> list[Text]:
 
 
 def table(rows: Sequence[dict], plans: Sequence[str], rates: Sequence[float]) -> str:
-    """Markdown: means over passages, answers of all kinds together and of each."""
+    """Markdown: means over passages, the first plan against each other, answers of all kinds together and of each."""
     kinds = sorted({kind for row in rows for kind in row["answers"]})
-    lines = [f"| rate | method | kept | KL | 95% | nats worse | answers | {' | '.join(kinds)} |"]
+    lines = [f"| rate | method | kept | KL | KL less the first's (95%) | nats worse | answers | {' | '.join(kinds)} |"]
     lines.append("|--:|---|" + "--:|" * (5 + len(kinds)))
     for rate in rates:
+        first = {
+            row["passage"]: row["kl"] for row in rows if (row["plan"], row["rate"]) == (plans[0], rate) and "kl" in row
+        }
         for plan in plans:
             of = [row for row in rows if row["plan"] == plan and row["rate"] == rate]
-            kl, low, high = bootstrap({"": [row["kl"] for row in of]})
+            read = [row for row in of if row["passage"] in first]
+            mean, low, high = bootstrap({"": [row["kl"] - first[row["passage"]] for row in read]})
             by_kind = {kind: [x for row in of for x in row["answers"][kind]] for kind in kinds}
-            cells = [f"{rate}", f"`{plan}`", f"{statistics.mean(r['kept'] for r in of):.3f}", f"{kl:.3f}"]
-            cells += [f"{low:.2f}…{high:.2f}", f"{statistics.mean(r['nats'] for r in of):.3f}"]
+            cells = [f"{rate}", f"`{plan}`", f"{statistics.mean(r['kept'] for r in of):.3f}"]
+            cells += [f"{statistics.mean(r['kl'] for r in read):.3f}" if read else ""]
+            cells += [f"{mean:+.3f} ({low:+.2f}…{high:+.2f})" if read and plan != plans[0] else ""]
+            cells += [f"{statistics.mean(r['nats'] for r in read):.3f}" if read else ""]
             cells += [_share([x for group in by_kind.values() for x in group]), *map(_share, by_kind.values())]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
