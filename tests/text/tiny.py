@@ -120,7 +120,9 @@ def word_scorer(positions: int = 64) -> WordScorer:
         max_position_embeddings=positions,
         initializer_range=0.5,
     )
-    return WordScorer(BertModel(config).eval(), tokenizer(), WordHead(16, (0, 2), width=8))
+    head = WordHead(16, (0, 2), width=8)
+    torch.nn.init.constant_(head.out.bias, 3.0)  # costs are positive, as real ones
+    return WordScorer(BertModel(config).eval(), tokenizer(), head)
 
 
 class HashingEmbedder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import gzip
 import hashlib
-import inspect
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -65,9 +64,9 @@ def docstrings(path: Path) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            text = ast.get_docstring(node, clean=False)
+            text = ast.get_docstring(node)
             if text and len(text) >= SHORTEST:
-                yield inspect.cleandoc(text)
+                yield text
 
 
 def passages(texts: Sequence[Text], count: int, chars: int, seed: int) -> list[Text]:
