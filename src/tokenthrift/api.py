@@ -73,7 +73,7 @@ def compress(
 
 def compress(
     text: str | Sequence[str],
-    method: str = "selective_context",
+    method: str = "word_head",
     rate: float | int | None = None,
     question: str | Sequence[str | None] | None = None,
     *,
@@ -97,8 +97,8 @@ def compress(
 
     Args:
         text: the prompt; or a list of prompts, each of which gets a result of its own.
-        method: name of a text method (``tokenthrift methods --stage text``). The default, Selective Context, needs
-            neither a question nor a trained compressor; ``embedding_sentences`` is the one to take with a question.
+        method: name of a text method (``tokenthrift methods --stage text``). The default, a small head on the
+            minilm-l6 pack, needs neither a question nor a language model; take ``embedding_sentences`` with a question.
         rate: share of the tokens to keep, in (0, 1]; an int is a number of tokens. Where no target is given, what the
             method does by default, which is 0.5 for most.
         question: what will be asked about the text, for methods that look at it; for a list one for all, or a list.
@@ -168,7 +168,7 @@ def compress(
 
 def compress_messages(
     messages: Sequence[Mapping[str, Any]],
-    method: str = "selective_context",
+    method: str = "word_head",
     rate: float | None = None,
     question: str | None = None,
     *,

@@ -10,8 +10,9 @@ import pytest
 import tokenthrift as tt
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.ops.tokens import count_tokens
+from tokenthrift.text import word_head
 
-from .tiny import PROSE, HashingEmbedder, scorer, tokenizer
+from .tiny import PROSE, HashingEmbedder, scorer, tokenizer, word_scorer
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "the river"}'}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -25,6 +26,11 @@ CHAT: list[dict[str, Any]] = [
     {"role": "assistant", "content": [{"type": "text", "text": PROSE, "cache_control": {"type": "ephemeral"}}]},
     {"role": "user", "content": PROSE},
 ]
+
+
+@pytest.fixture(autouse=True)
+def tiny_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_head, "load_word_scorer", lambda folder: word_scorer())
 
 
 def compress(messages: Any = CHAT, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,16 @@ from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.spans import bridges, disjoint, join, phrases, sentences, words
 from tokenthrift.text.truncate import Truncate
 
-from .tiny import PROSE, HashingEmbedder, classifier, language_model, scorer, sequence_classifier, tokenizer
+from .tiny import (
+    PROSE,
+    HashingEmbedder,
+    classifier,
+    language_model,
+    scorer,
+    sequence_classifier,
+    tokenizer,
+    word_scorer,
+)
 
 UNITS = {
     "truncate": words,
@@ -46,6 +55,8 @@ UNITS = {
     "frugal_prompt": words,
     "frugal_prompt(attribution=globenc)": words,
     "specpc_text": words,
+    "word_head": phrases,
+    "word_head(level=word, tail=0)": words,
 }
 STEPWISE = ("llmlingua", "longllmlingua")
 """What these keep of a segment is read by the next: a smaller rate need not keep a subset."""
@@ -54,6 +65,7 @@ MODELS = {
     "exit": lambda: (language_model(2048), tokenizer()),
     "frugal_prompt": sequence_classifier,
     "llmlingua2": classifier,
+    "word_head": word_scorer,
 }
 TEXTS = (
     st.text(st.sampled_from("aB1., \n日🙂é\t?"), max_size=40)
@@ -137,6 +149,8 @@ def test_rates_that_are_none(name: str, rate: Any) -> None:
     [
         ("truncate(where=tails)", "did you mean 'tail'"),
         ("selective_context(level=word)", "no level 'word'"),
+        ("word_head(level=sentence)", "no level 'sentence'"),
+        ("word_head(tail=1.5)", "outside \\[0, 1\\]"),
         ("selective_context(context=page)", "use sentence or document"),
         ("selective_context(compat=paper)", "use budget or percentile"),
         ("selective_context(compat=percentile, rate=20)", "needs a rate such as 0.5"),

@@ -116,7 +116,7 @@ def test_a_session_compresses_with_its_own_model() -> None:
 def test_compress_takes_models_as_they_are() -> None:
     from tokenthrift import compress
 
-    out = compress(PROSE, rate=0.5, scorer=(scorer().model, tokenizer()), level="sentence")
+    out = compress(PROSE, "selective_context", 0.5, scorer=(scorer().model, tokenizer()), level="sentence")
     assert out.method == "text=selective_context(level='sentence')"
     with pytest.raises(ThriftError, match="unknown method 'truncat' at stage text: did you mean 'truncate'"):
         compress(PROSE, "truncat", scorer=scorer())

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForTokenClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -21,6 +22,7 @@ from transformers import (
 
 from tokenthrift.models.scoring import Scorer
 from tokenthrift.models.token_classifier import TokenClassifier
+from tokenthrift.models.word_head import WordHead, WordScorer
 
 PROSE = """Mr. Hale moved to Lisbon in 1998. He did not like the heat, but he stayed for eleven years!
 The rent was $412.50 a month; his sister Ana paid half of it. "Was it worth it?" she asked him once.
@@ -103,6 +105,24 @@ def sequence_classifier() -> tuple[AutoModelForSequenceClassification, PreTraine
     )
     model = AutoModelForSequenceClassification.from_config(config).eval()
     return model, PreTrainedTokenizerFast(tokenizer_object=pieces, **names)
+
+
+@cache
+def word_scorer(positions: int = 64) -> WordScorer:
+    """A random head on a random BERT that shares the tokenizer of the language model, which has no special tokens."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+    )
+    head = WordHead(16, (0, 2), width=8)
+    torch.nn.init.constant_(head.out.bias, 3.0)  # costs are positive, as real ones
+    return WordScorer(BertModel(config).eval(), tokenizer(), head)
 
 
 class HashingEmbedder:

@@ -17,7 +17,7 @@ def compress(
     file: Annotated[str, typer.Argument(help="A UTF-8 text file, or - for standard input.")] = "-",
     method: Annotated[
         str, typer.Option(help="Text method; `tokenthrift methods --stage text` lists them.")
-    ] = "selective_context",
+    ] = "word_head",
     rate: Annotated[
         float | None,
         typer.Option(help="Share of the tokens to keep, in (0, 1]; what the method does by default is 0.5."),
