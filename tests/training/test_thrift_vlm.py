@@ -16,7 +16,7 @@ from tokenthrift.bench.scene_questions import WORDINGS, Question, ask
 from tokenthrift.bench.scenes import NAMES, PLACES, held_out, lay_out
 from tokenthrift.bench.seeing import prompt
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "training" / "thrift_vlm"))
 thrift_vlm: Any = pytest.importorskip("thrift_vlm")
 vlm_parts: Any = pytest.importorskip("vlm_parts")
 

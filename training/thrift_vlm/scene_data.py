@@ -1,6 +1,6 @@
 """What the scenes for training are made of, and the sheet of held-out items that comes with the package.
 
-    python training/scene_data.py --items FOLDER      writes src/tokenthrift/data/scenes/items.png
+    python training/thrift_vlm/scene_data.py --items FOLDER      writes src/tokenthrift/data/scenes/items.png
 
 FOLDER holds Fashion-MNIST's four files (`train-images-idx3-ubyte.gz`, …); Debian's package `dataset-fashion-mnist`
 puts them into /usr/share/datasets/fashion-mnist. The backgrounds are sample images that come with scikit-image.
@@ -18,7 +18,7 @@ from PIL import Image
 from tokenthrift.bench.scenes import LABELS, NAMES, Collection
 
 ITEMS = Path("/usr/share/datasets/fashion-mnist")
-SHEET = Path(__file__).parents[1] / "src/tokenthrift/data/scenes/items.png"
+SHEET = Path(__file__).parents[2] / "src/tokenthrift/data/scenes/items.png"
 EACH = 48
 """Held-out items of every name."""
 VALIDATION = 5_000

@@ -63,9 +63,9 @@ of Fashion-MNIST's test split on photographs that were in no training image.
 {steps:,} steps on {trained:,} scenes ({hours} hours on a shared CPU, the encoding of the images not counted), about 20
 questions an image and step, drawn anew every time:
 
-    python training/thrift_vlm.py encode --work FOLDER --items FASHION_MNIST
-    python training/thrift_vlm.py train --work FOLDER --items FASHION_MNIST
-    python training/thrift_vlm.py export --work FOLDER --items FASHION_MNIST
+    python training/thrift_vlm/thrift_vlm.py encode --work FOLDER --items FASHION_MNIST
+    python training/thrift_vlm/thrift_vlm.py train --work FOLDER --items FASHION_MNIST
+    python training/thrift_vlm/thrift_vlm.py export --work FOLDER --items FASHION_MNIST
 
 {history}## Data and licences
 

@@ -1,4 +1,4 @@
-"""Trains the model pack `thrift-vlm`: python training/thrift_vlm.py encode | train | export --work FOLDER
+"""Trains the model pack `thrift-vlm`: python training/thrift_vlm/thrift_vlm.py encode | train | export --work FOLDER
 
 `encode` draws the scenes and runs the frozen encoder once over them; the features stay in FOLDER as float16.
 `train` first teaches the projector to say what a patch shows and where it is (minutes), then trains projector and
