@@ -332,10 +332,13 @@ def _numbers(text: str) -> Iterator[Span]:
             yield start, unit.end() if unit else end
 
 
+_NO = (
+    r"(?:no|not|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|except|unless|\w{2,8}n['’]t"
+    r"|nicht|kein\w{0,2}|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ning[uú]na?)\b"
+)
 _NEGATION = re.compile(
-    r"(?:\b[\w'’]++[ \t]++)?\bnot\b(?:[ \t]++[\w'’-]++)?"
-    r"|\b(?:no|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|except|unless|\w{2,8}n['’]t"
-    r"|nicht|kein\w{0,2}|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ning[uú]na?)\b(?:[ \t]++[\w'’-]++)?"
+    # Of several in a row, as in "not without risk", it is the word behind the last one that is negated.
+    rf"(?:\b[\w'’]++[ \t]++(?=not\b))?\b{_NO}(?:[ \t]++{_NO})*+(?:[ \t]++[\w'’-]++)?"
     rf"|[不没沒未无無勿别別][{SOLID}]?|ない|なかった|ません",
     re.IGNORECASE,
 )
