@@ -17,6 +17,7 @@ from tokenthrift.bench.fuzzed import OF_A_SENTENCE, broken, fuzzed
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.view import View
 from tokenthrift.ops.tokens import count_tokens
+from tokenthrift.text.bm25_sentences import BM25Sentences
 from tokenthrift.text.protect import Protected, Protection, missing
 from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.selection import best_within
@@ -53,7 +54,8 @@ def found(text: str, policy: Any = "default") -> list[tuple[str, str]]:
          ["5 km", "$1,234.50", "-3 °C", "v1.2.3", "2024-01-02", "12%", "5公里", "3 million euros"]),
         ("He did not go. Don't ask; never mind, no refunds. nicht gut 我不去", "negation",
          ["did not go", "Don't ask", "never mind", "no refunds", "nicht gut", "不去"]),
-        ("It is not without risk. Never not\tsay so, don't.", "negation", ["is not without risk", "Never not\tsay", "don't"]),
+        ("It is not without risk. Never not\tsay it, don't.", "negation",
+         ["is not without risk", "Never not\tsay", "don't"]),
         ("\"yes, sir\" it's 'so' “fine” 5\" «bon» 「はい」 dogs' tails'", "quote",
          ['"yes, sir"', "'so'", "“fine”", "«bon»", "「はい」"]),
     ],
@@ -70,6 +72,17 @@ def test_policies() -> None:
     assert found(text, "none") == found(text, None) == found(text, "url,-all") == []
     assert found(text, ["url", re.compile(r"\bsay\b")]) == [("custom", "say"), ("url", "https://x.org/5")]
     assert not Protection.of("none") and Protection.of(DEFAULT) is DEFAULT
+
+
+def test_what_stands_for_itself_stays_where_the_negation_or_quote_around_it_goes() -> None:
+    text = 'There is no https://x.org/a page. He wrote "see {x} now" to me. Bring cake for 5.'
+    kinds = [("negation", "no "), ("url", "https://x.org/a"), ("quote", '"see '), ("placeholder", "{x}")]
+    assert found(text) == [*kinds, ("quote", ' now"'), ("number", "5")]
+    out = compress_text([BM25Sentences(rate=0.5)], text, "Which cake?", tokenizer(), protect=DEFAULT)
+    assert out.text == " https://x.org/a {x} Bring cake for 5." and not out.notes
+    link, x = text.index("https"), text.index("{x}")
+    lost = [p.kind for p in missing(text, DEFAULT.find(text), [(0, 8), (link, link + 15), (x, x + 3)])]
+    assert lost == ["negation"]
 
 
 @pytest.mark.parametrize(

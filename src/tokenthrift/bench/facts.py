@@ -1,7 +1,7 @@
 """Questions about real documents, made by rule, whose answers are in the text: was the answer kept?
 
-The documents come with Python (© Python Software Foundation, PSF License): the topics of its help, and the docstrings of
-its standard library. They differ a little from version to version; the same Python makes the same questions.
+The documents come with Python (© Python Software Foundation, PSF License): the topics of its help, and the docstrings
+of its standard library. They differ a little from version to version; the same Python makes the same questions.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from ..text.protect import Protection
 from ..text.spans import DETERMINERS, FUNCTION_WORDS, sentences
 
 KINDS = ("is", "does", "returns", "number")
-"""What something is, what something does, what a function returns (its name stands in another sentence than the answer),
+"""What something is, what something does, what a function returns (its name is not in the sentence with the answer);
 and answers with a digit, such as versions, which are protected by default."""
 
-_MODULES = """
-argparse array ast asyncio base64 binascii bisect calendar cmath codecs collections configparser contextlib copy csv
-datetime decimal difflib dis email.utils enum filecmp fileinput fnmatch fractions functools getpass gettext glob gzip
-heapq hmac html http.client imaplib inspect io ipaddress itertools json linecache locale logging mailbox math mimetypes
-numbers operator os os.path pathlib pickle pkgutil platform plistlib posixpath pprint queue random re reprlib sched
-secrets selectors shelve shlex shutil signal smtplib socket sqlite3 ssl stat statistics string struct subprocess symtable
-sysconfig tarfile tempfile textwrap threading time timeit tokenize traceback types typing unicodedata unittest urllib.parse
-urllib.request uuid warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo
-""".split()
+_STANDARD_LIBRARY = """
+argparse array ast asyncio base64 binascii bisect calendar cmath codecs collections configparser contextlib
+copy csv datetime decimal difflib dis email.utils enum filecmp fileinput fnmatch fractions functools getpass
+gettext glob gzip heapq hmac html http.client imaplib inspect io ipaddress itertools json linecache locale
+logging mailbox math mimetypes numbers operator os os.path pathlib pickle pkgutil platform plistlib posixpath
+pprint queue random re reprlib sched secrets selectors shelve shlex shutil signal smtplib socket sqlite3 ssl
+stat statistics string struct subprocess symtable sysconfig tarfile tempfile textwrap threading time timeit
+tokenize traceback types typing unicodedata unittest urllib.parse urllib.request uuid warnings wave weakref
+webbrowser xml.dom.minidom xml.etree.ElementTree zipfile zlib zoneinfo
+"""
+_MODULES = _STANDARD_LIBRARY.split()
 
 
 class Question(NamedTuple):
@@ -124,7 +126,12 @@ def _prose(text: str) -> Iterator[str]:
         line = " ".join(paragraph.split())
         if re.fullmatch(r"[\w.]+\([^()]*\)", line):
             head = f"{line}\n"
-        elif re.match(r"[A-Z\"*]", line) and line.endswith((".", ":")) and line.count(" ") > 4 and _MARKS.isdisjoint(line):
+        elif (
+            re.match(r"[A-Z\"*]", line)
+            and line.endswith((".", ":"))
+            and line.count(" ") > 4
+            and _MARKS.isdisjoint(line)
+        ):
             yield head + line
             head = ""
 
@@ -156,9 +163,7 @@ def _signature(value: Any) -> str:
     return "(...)" if len(signature) > 60 or "<" in signature else signature
 
 
-def _pieces(
-    name: str, paragraphs: Sequence[str], tokens: int, size: Callable[[str], int]
-) -> Iterator[tuple[str, str]]:
+def _pieces(name: str, paragraphs: Sequence[str], tokens: int, size: Callable[[str], int]) -> Iterator[tuple[str, str]]:
     """Consecutive paragraphs of ``tokens`` tokens at most, and two thirds of them at least."""
     text, number = "", 0
     for paragraph in [*paragraphs, ""]:
@@ -174,27 +179,32 @@ def _pieces(
 
 # ---- the questions --------------------------------------------------------------------------------------------------
 
-_VERBS = {
-    verb: verb.removesuffix("s") if verb not in ("passes", "matches") else verb.removesuffix("es")
-    for verb in """returns raises means represents denotes causes creates defines accepts takes specifies provides contains
-    holds controls describes yields indicates implements produces allows requires supports uses calls stores replaces
-    matches passes performs reads writes removes adds computes generates checks converts gives makes has""".split()
-} | {"specifies": "specify", "has": "have"}
+_THIRD_PERSON = """
+returns raises means represents denotes causes creates defines accepts takes provides contains holds controls
+describes yields indicates implements produces allows requires supports uses calls stores replaces performs
+reads writes removes adds computes generates checks converts gives makes
+"""
+_IRREGULAR = {"specifies": "specify", "has": "have", "passes": "pass", "matches": "match"}
+_VERBS = {verb: verb.removesuffix("s") for verb in _THIRD_PERSON.split()} | _IRREGULAR
 _THING = r"""["'*`]*[A-Za-z_][^\s,;:.()]*"""
 _SUBJECT = rf"(?P<subject>(?:The |A |An |Each |Every )?{_THING}(?: {_THING}){{0,4}}?(?:\(\)[\"'*`]*)?)"
 _IS = re.compile(rf"{_SUBJECT} (?P<verb>is|are) (?P<rest>(?:an? |the |one of ).+)")
 _DOES = re.compile(rf"{_SUBJECT} (?P<verb>{'|'.join(_VERBS)}) (?P<rest>.+)")
-_VERSION = re.compile(r"(?P<what>Changed|Added|New|Deprecated) in version (?P<version>\d+\.\d+(?:\.\d+)?): (?P<rest>.{20,})")
+_VERSION = re.compile(
+    r"(?P<what>Changed|Added|New|Deprecated) in version (?P<version>\d+\.\d+(?:\.\d+)?): (?P<rest>.{20,})"
+)
 _RETURNS = re.compile(r"(?P<name>[\w.]+)\([^\n]*\)[^\n]*\n(?P<rest>Returns? .+)")
-_VAGUE = frozenset("""
-it this that these those they there he she we you i if when while as for in on at by with to and or but so then note value
-what which who both some any all most many other one since because although however otherwise also only even see below above usually
-""".split())
+_NO_SUBJECT = """
+it this that these those they there he she we you i if when while as for in on at by with to and or but so
+then note value what which who both some any all most many other one since because although however otherwise
+also only even see below above usually
+"""
+_VAGUE = frozenset(_NO_SUBJECT.split())
 _WITHIN = frozenset(("of", "for"))
 
 
 def questions(text: str) -> Iterator[Question]:
-    """All questions that can be made of a passage: each answered by one place in it, which the question does not tell."""
+    """All questions that can be made of a passage: each has its answer in one place, and does not tell it."""
     spans = [text[start:end].strip() for start, end in sentences(text)]
     made = [question for sentence in spans for question in _asked(sentence)]
     for found in _RETURNS.finditer(text):
@@ -229,7 +239,7 @@ def _asked(sentence: str) -> Iterator[Question]:
 
 
 def _phrase(text: str, longest: int = 4) -> str:
-    """The noun phrase that a text begins with, without its article: up to ``longest`` words; empty where there is none."""
+    """The noun phrase that a text begins with, without its article: up to ``longest`` words, or none."""
     words: list[str] = []
     for word in re.sub(r"^(?:one of |an? |the |this |its |their )+", "", text, flags=re.IGNORECASE).split():
         bare = word.strip("\"'*`(),;:.")

@@ -1,7 +1,7 @@
 """Made-up documents of which it is known what must survive in them: real prose, and what programs read in between.
 
-The prose is that of Python's own help (© Python Software Foundation, PSF License). Where everything stands is noted as a
-document is written, so that what a shorter text broke is found without the library's own finders.
+The prose is that of Python's own help (© Python Software Foundation, PSF License). Where everything stands is noted as
+a document is written, so that what a shorter text broke is found without the library's own finders.
 """
 
 from __future__ import annotations

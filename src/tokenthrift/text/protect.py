@@ -9,7 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.errors import ThriftError, did_you_mean
 from ..ops.tokens import Span
@@ -64,17 +64,45 @@ class Protection:
         return bool(self.kinds or self.patterns)
 
     def find(self, text: str) -> list[Protected]:
-        """The protected spans of a text, in order, disjoint; of spans that overlap the union, called as the first."""
+        """The protected spans of a text, in order, disjoint; of spans that overlap the union, called as the first.
+
+        Where a number, negation or quote overlaps anything else it is what lies outside of that: a link stays even if
+        it is quoted in a sentence that goes.
+        """
         found = [Protected(a, b, kind) for kind in self.kinds for a, b in KINDS[kind](text) if a < b]
         found += [Protected(*m.span(), "custom") for p in self.patterns for m in p.finditer(text) if m.group()]
-        found.sort(key=lambda p: (p.start, -p.end))
-        out: list[Protected] = []
-        for span in found:
-            if out and span.start < out[-1].end:
-                out[-1] = out[-1]._replace(end=max(out[-1].end, span.end))
-            else:
-                out.append(span)
-        return out
+        stays = _joined(p for p in found if p.kind not in OF_A_SENTENCE)
+        goes = _joined(p for p in found if p.kind in OF_A_SENTENCE)
+        parts = [p._replace(start=a, end=b) for p, a, b in _outside(goes, stays) if text[a:b].strip()]
+        return sorted([*stays, *parts])
+
+
+def _joined(spans: Iterable[Protected]) -> list[Protected]:
+    """Spans in order, those that overlap as one."""
+    out: list[Protected] = []
+    for span in sorted(spans, key=lambda p: (p.start, -p.end)):
+        if out and span.start < out[-1].end:
+            out[-1] = out[-1]._replace(end=max(out[-1].end, span.end))
+        else:
+            out.append(span)
+    return out
+
+
+def _outside(spans: Sequence[Any], holes: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
+    """Each span with the start and end of a part of it that lies in no hole; both are in order and disjoint."""
+    at = 0
+    for span in spans:
+        start, end = span[0], span[1]
+        while at < len(holes) and holes[at][1] <= start:
+            at += 1
+        hole = at
+        while hole < len(holes) and holes[hole][0] < end:
+            if start < holes[hole][0]:
+                yield span, start, holes[hole][0]
+            start = holes[hole][1]
+            hole += 1
+        if start < end:
+            yield span, start, end
 
 
 def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> list[Protected]:
@@ -118,7 +146,7 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> 
     bounds = sentences(text)
     begins = [start for start, _ in bounds]
     structure = with_white_space(text, (p for p in protected if p.kind not in OF_A_SENTENCE))
-    others = _without(kept, structure)
+    others = [(start, end) for _, start, end in _outside(kept, structure)]
     other_ends = [end for _, end in others]
 
     def is_gone(p: Protected) -> bool:
@@ -132,24 +160,6 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> 
         return True
 
     return [p for p in out if p.kind not in OF_A_SENTENCE or not is_gone(p)]
-
-
-def _without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
-    """The spans less the holes; both in order and disjoint."""
-    out: list[Span] = []
-    at = 0
-    for start, end in spans:
-        while at < len(holes) and holes[at][1] <= start:
-            at += 1
-        hole = at
-        while hole < len(holes) and holes[hole][0] < end:
-            if start < holes[hole][0]:
-                out.append((start, holes[hole][0]))
-            start = holes[hole][1]
-            hole += 1
-        if start < end:
-            out.append((start, end))
-    return out
 
 
 def with_white_space(text: str, spans: Iterable[Protected]) -> list[Span]:
