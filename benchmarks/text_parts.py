@@ -18,7 +18,6 @@ from tokenthrift.bench.fuzzed import Fuzzed, broken
 from tokenthrift.bench.metrics import kl_divergence, nats_per_token, top1_agreement
 from tokenthrift.bench.rates import AtRates
 from tokenthrift.bench.tasks import pick, token_ends
-from tokenthrift.ops.tokens import count_tokens
 from tokenthrift.text.protect import Protection
 from tokenthrift.text.runtime import compress_text
 
@@ -77,6 +76,12 @@ def continuation_rows(at: AtRates, texts: Sequence[Continued], model: Any) -> di
     names = ("kl", "top1", "nats", "kept")
     means = {rate: [statistics.mean(column) for column in zip(*rows, strict=True)] for rate, rows in found.items()}
     return {rate: {**dict(zip(names, values, strict=True)), "once": once} for rate, values in means.items()}
+
+
+def without_context(texts: Sequence[Continued], model: Any, tokenizer: Any) -> float:
+    """The same KL divergence where nothing of the texts is kept."""
+    logits = [follow(model, tokenizer, "", text.asked, text.continuation) for text in texts]
+    return statistics.mean(compared(text, found)[0] for text, found in zip(texts, logits, strict=True))
 
 
 def compared(text: Continued, logits: Tensor) -> tuple[float, float, float]:
@@ -171,7 +176,3 @@ def _with_policies(documents: Sequence[Fuzzed]) -> Iterator[tuple[Fuzzed, Sequen
     policies = tuple(CHECKED.values())
     for i, doc in enumerate(documents):
         yield doc, policies if i % 4 == 0 else policies[:1]
-
-
-def tokens_of(tokenizer: Any, texts: Sequence[str]) -> int:
-    return sum(count_tokens(tokenizer, text) for text in texts)
