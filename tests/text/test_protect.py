@@ -187,6 +187,50 @@ def check(seed: int) -> None:
                    for m in re.finditer(re.escape(mark), out.text)), seed  # fmt: skip
 
 
+def check_whole(seed: int) -> None:
+    """One document, protected with ``whole``: the target is met, and what is protected is there as a whole or not."""
+    doc = fuzzed(seed)
+    draw = random.Random(seed)
+    rate = draw.choice((0.1, 0.2, 0.33, 0.5))
+    method: Any = Drawn(seed, rate, draw.choice((words, phrases, sentences)))
+    out = compress_text([method], doc.text, None, tokenizer(), protect=Protection.of("whole"))
+    said = ("all of the text", "no unit has at most", "the protected spans alone have", "were added")
+    target = max(int(out.tokens_before * rate + 0.5), 1)
+    assert out.tokens_after <= target or any(words in note for words in said for note in out.notes), seed
+    assert not broken(doc, out.kept, ("xml", *OF_A_SENTENCE)), seed
+    for start, end, kind in doc.planted:
+        left = join(doc.text, [(max(start, a), min(end, b)) for a, b in out.kept if a < end and start < b])
+        assert not left.strip() or left == doc.text[start:end] or kind in OF_A_SENTENCE, (seed, left)
+    assert not any("returned as it was" in note for note in out.notes)
+    dropped = any(f"{doc.text[p.start : p.end]}" not in out.text for p in doc.planted if p.kind not in OF_A_SENTENCE)
+    assert not dropped or any("left out, whole" in note for note in out.notes), seed
+
+
+def test_with_whole_what_is_protected_is_there_as_a_whole_or_not() -> None:
+    for seed in range(150):
+        check_whole(seed)
+
+
+def test_with_whole_the_answer_stays_and_code_that_does_not_help_goes() -> None:
+    code = "```py\nx = 1\n\n# Nobody came.\ny = [2]\n```\n"
+    table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    text = f"Look here.\n\n{code}\nThe key is under the green mat.\n\n{table}\nMore <b>of</b> this.\n{code}"
+    asked = "Where is the key, under the mat?"
+
+    def run(policy: str, rate: float) -> Any:
+        method = BM25Sentences(rate=rate)
+        return compress_text([method], text, asked, tokenizer(), protect=Protection.of(policy))
+
+    strict, whole = run("default", 0.3), run("default,whole", 0.3)
+    assert code in strict.text and table in strict.text and "mat" not in strict.text and strict.rate > 0.5
+    assert "The key is under the green mat.\n" in whole.text and "```" not in whole.text and whole.rate <= 0.3
+    assert whole.text.count("<b>") == whole.text.count("</b>") == 1
+    assert "some are left out, whole" in whole.notes[0]
+    assert run("default,whole", 0.9).kept == run("default", 0.9).kept  # there was room for all of it
+    assert run("json,whole", 0.3).kept == run("json", 0.3).kept
+    assert Protection.of("whole") == Protection.of("default,whole") != DEFAULT == Protection.of("whole,default,-whole")
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_everything_protected_survives(part: int) -> None:
     for seed in range(75 * part, 75 * (part + 1)):

@@ -30,11 +30,13 @@ class Protection:
 
     ``Protection.of`` takes what users write: ``"default"`` (every kind below), ``"structure"`` (what programs read:
     all but numbers, negations and quotes), ``"none"``, names of kinds with commas between them, of which a leading
-    minus takes one away (``"default,-quote"``), or a list of names and compiled regular expressions.
+    minus takes one away (``"default,-quote"``), or a list of names and compiled regular expressions. Among them
+    ``"whole"`` says what gives way where protected spans alone exceed the target: with it some of them go, whole.
     """
 
     kinds: tuple[str, ...] = ()
     patterns: tuple[re.Pattern[str], ...] = ()
+    whole: bool = False
 
     @classmethod
     def of(cls, value: Protection | str | Iterable[str | re.Pattern[str]] | None) -> Protection:
@@ -44,6 +46,7 @@ class Protection:
         items = [] if value is None else value.split(",") if isinstance(value, str) else value
         kinds: dict[str, None] = {}
         patterns = []
+        whole = False
         if not isinstance(items, Iterable):
             raise ThriftError(f"protect takes names of kinds, not {type(value).__name__}: e.g. protect='code,json'")
         for item in items:
@@ -53,12 +56,17 @@ class Protection:
             if not isinstance(item, str):
                 raise ThriftError(f"protect takes names of kinds and compiled patterns, not {item!r}")
             name = item.strip()
+            if name.removeprefix("-") == WHOLE:
+                whole = not name.startswith("-")
+                continue
             named = PRESETS.get(name.removeprefix("-"), (name.removeprefix("-"),))
             for kind in named:
                 if kind not in KINDS:
-                    raise ThriftError(f"protect knows no '{kind}': {did_you_mean(kind, [*KINDS, *PRESETS])}")
+                    raise ThriftError(f"protect knows no '{kind}': {did_you_mean(kind, [*KINDS, *PRESETS, WHOLE])}")
                 kinds.pop(kind, None) if name.startswith("-") else kinds.setdefault(kind)
-        return cls(tuple(k for k in KINDS if k in kinds), tuple(patterns))
+        if whole and not kinds and not patterns:
+            kinds = dict.fromkeys(PRESETS["default"])
+        return cls(tuple(k for k in KINDS if k in kinds), tuple(patterns), whole)
 
     def __bool__(self) -> bool:
         return bool(self.kinds or self.patterns)
@@ -125,7 +133,24 @@ def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> li
     return out
 
 
-def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> list[Protected]:
+def blocks_of(text: str, protected: Sequence[Protected]) -> list[Span]:
+    """Sentences, those joined that a protected span reaches across: what can go without breaking anything.
+
+    Tags are left out of account, as those that open and close something may stand far apart.
+    """
+    left = [p for p in reversed(protected) if p.kind != "xml"]
+    out: list[Span] = []
+    begin = 0
+    for _, end in sentences(text):
+        while left and left[-1].end <= end:
+            left.pop()
+        if not left or left[-1].start >= end:
+            out.append((begin, end))
+            begin = end
+    return out
+
+
+def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span], whole: bool = False) -> list[Protected]:
     """The protected spans that did not survive: they are not in one piece in what was kept, though they should be.
 
     What belongs to a sentence need not survive where nothing of the sentence did but other protected spans.
@@ -134,13 +159,25 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> 
         text: the text before.
         protected: its protected spans, in order.
         kept: what was kept of it: spans in order.
+        whole: others but tags need not survive either, if nothing of them did.
     """
     starts = [start for start, _ in kept]
+
+    def is_left_out(p: Protected, at: int) -> bool:
+        """Whether nothing of it was kept but white space, which what follows it may need."""
+        while at < len(kept) and kept[at][0] < p.end:
+            if text[max(kept[at][0], p.start) : min(kept[at][1], p.end)].strip():
+                return False
+            at += 1
+        return True
+
     out = []
     for p in protected:
         at = bisect_right(starts, p.start) - 1
         if at < 0 or p.end > kept[at][1]:
-            out.append(p)
+            may_go = whole and p.kind != "xml" and p.kind not in OF_A_SENTENCE
+            if not (may_go and is_left_out(p, max(at, 0))):
+                out.append(p)
     if not any(p.kind in OF_A_SENTENCE for p in out):
         return out
     bounds = sentences(text)
@@ -401,3 +438,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "structure": tuple(k for k in KINDS if k not in OF_A_SENTENCE),
     "none": (),
 }
+
+WHOLE = "whole"
+"""What users write beside kinds for protection that never breaks a span, but may drop it."""
