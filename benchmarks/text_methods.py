@@ -52,11 +52,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[info.name for info in tt.methods(stage="text")])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--classifier", help="a token classifier for llmlingua2: a folder or a hub id")
-    parser.add_argument("--questions", type=int, default=520)
-    parser.add_argument("--passage", type=int, default=160, help="tokens of a passage that is asked about, at most")
-    parser.add_argument("--documents", type=int, default=6, help="documents whose continuation is compared")
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--passage", type=int, default=128, help="tokens of a passage that is asked about, at most")
+    parser.add_argument("--documents", type=int, default=5, help="documents whose continuation is compared")
     parser.add_argument("--tokens", type=int, default=320, help="tokens of each that are shortened")
-    parser.add_argument("--timed", type=int, default=2, help="texts of 512 tokens to time")
+    parser.add_argument("--timed", type=int, default=1, help="texts of 512 tokens to time")
     parser.add_argument("--fuzzed", type=int, default=1000, help="made-up documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few of everything with random models")
@@ -129,7 +129,7 @@ class TextBench:
 
     def structure(self, name: str) -> dict[float, parts.Row]:
         first = 10_000 * self.args.seed
-        documents = self._once("fuzzed", lambda: [fuzzed(first + i, blocks=5) for i in range(self.args.fuzzed)])
+        documents = self._once("fuzzed", lambda: [fuzzed(first + i, blocks=4) for i in range(self.args.fuzzed)])
         models = Models(self.random.tokenizer, self.random.scorer, self.random.embedder)
         return parts.structure_rows(self._at(name, models, whole=False), documents)
 

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ def fact_questions(
 ) -> list[Passage]:
     """Passages with ``count`` questions in all, the kinds in equal shares as far as there are enough.
 
+    A passage that is asked about already comes before others, so that there are few to shorten.
+
     Args:
         count: of questions.
         tokens: of a passage, at most; at least two thirds of it.
@@ -78,14 +81,16 @@ def fact_questions(
     by_kind = {kind: [item for item in found if item[1].kind == kind] for kind in KINDS}
     total = 0
     while total < count and any(by_kind.values()):
-        for kind in KINDS:
-            while by_kind[kind] and total < count:
-                i, question = by_kind[kind].pop()
-                asked = taken.setdefault(i, [])
-                if len(asked) < per_passage:
-                    asked.append(question)
-                    total += 1
-                    break
+        for left in by_kind.values():
+            if not left or total == count:
+                continue
+            again = [item for item in left if 0 < len(taken.get(item[0], ())) < per_passage]
+            i, question = item = again[-1] if again else left[-1]
+            left.remove(item)
+            asked = taken.setdefault(i, [])
+            if len(asked) < per_passage:
+                asked.append(question)
+                total += 1
     if total < count:
         raise ThriftError(f"the documents of this Python make {total} such questions, not {count}: ask for fewer")
     return [Passage(*pieces[i], tuple(asked)) for i, asked in sorted(taken.items()) if asked]
@@ -104,19 +109,20 @@ def normalised(text: str) -> str:
 # ---- the documents --------------------------------------------------------------------------------------------------
 
 
-def documents() -> Iterator[tuple[str, list[str]]]:
+@cache
+def documents() -> list[tuple[str, list[str]]]:
     """Names and paragraphs, each paragraph in one line: topics without their code, and what modules define."""
     from pydoc_data.topics import topics
 
+    found = [(f"python/{name}", list(_prose(topics[name]))) for name in sorted(topics)]
     seen: set[str] = set()  # what one module takes from another is described once
-    for name in sorted(topics):
-        yield f"python/{name}", list(_prose(topics[name]))
     for name in _MODULES:
         try:
             module = import_module(name)
         except ImportError:  # not built into this Python
             continue
-        yield f"{name} (docstrings)", list(_members(name, module, seen))
+        found.append((f"{name} (docstrings)", list(_members(name, module, seen))))
+    return found
 
 
 def _prose(text: str) -> Iterator[str]:
