@@ -18,7 +18,7 @@ from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.view import View
 from tokenthrift.ops.tokens import count_tokens
 from tokenthrift.text.bm25_sentences import BM25Sentences
-from tokenthrift.text.protect import Protected, Protection, missing
+from tokenthrift.text.protect import IN_PAIRS, Protected, Protection, missing
 from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.selection import best_within
 from tokenthrift.text.spans import join, phrases, sentences, spans_to_map, words
@@ -197,7 +197,7 @@ def check_whole(seed: int) -> None:
     said = ("all of the text", "no unit has at most", "the protected spans alone have", "were added")
     target = max(int(out.tokens_before * rate + 0.5), 1)
     assert out.tokens_after <= target or any(words in note for words in said for note in out.notes), seed
-    assert not broken(doc, out.kept, ("xml", *OF_A_SENTENCE)), seed
+    assert not broken(doc, out.kept, (*IN_PAIRS, *OF_A_SENTENCE)), seed
     for start, end, kind in doc.planted:
         left = join(doc.text, [(max(start, a), min(end, b)) for a, b in out.kept if a < end and start < b])
         assert not left.strip() or left == doc.text[start:end] or kind in OF_A_SENTENCE, (seed, left)
@@ -214,7 +214,7 @@ def test_with_whole_what_is_protected_is_there_as_a_whole_or_not() -> None:
 def test_with_whole_the_answer_stays_and_code_that_does_not_help_goes() -> None:
     code = "```py\nx = 1\n\n# Nobody came.\ny = [2]\n```\n"
     table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
-    text = f"Look here.\n\n{code}\nThe key is under the green mat.\n\n{table}\nMore <b>of</b> this.\n{code}"
+    text = f"Look here.\n\n{code}\nThe key is under the green mat.\n\n{table}\nMore <b>of</b> {{%if x%}} this.\n{code}"
     asked = "Where is the key, under the mat?"
 
     def run(policy: str, rate: float) -> Any:
@@ -224,10 +224,12 @@ def test_with_whole_the_answer_stays_and_code_that_does_not_help_goes() -> None:
     strict, whole = run("default", 0.3), run("default,whole", 0.3)
     assert code in strict.text and table in strict.text and "mat" not in strict.text and strict.rate > 0.5
     assert "The key is under the green mat.\n" in whole.text and "```" not in whole.text and whole.rate <= 0.3
+    assert "{%if x%}" in whole.text
     assert whole.text.count("<b>") == whole.text.count("</b>") == 1
     assert "some are left out, whole" in whole.notes[0]
     assert run("default,whole", 0.9).kept == run("default", 0.9).kept  # there was room for all of it
     assert run("json,whole", 0.3).kept == run("json", 0.3).kept
+    assert not Protection.of("none,whole") and not Protection.of("whole,-all")
     assert Protection.of("whole") == Protection.of("default,whole") != DEFAULT == Protection.of("whole,default,-whole")
 
 

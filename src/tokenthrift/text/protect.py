@@ -46,7 +46,7 @@ class Protection:
         items = [] if value is None else value.split(",") if isinstance(value, str) else value
         kinds: dict[str, None] = {}
         patterns = []
-        whole = False
+        whole, alone = False, True
         if not isinstance(items, Iterable):
             raise ThriftError(f"protect takes names of kinds, not {type(value).__name__}: e.g. protect='code,json'")
         for item in items:
@@ -59,12 +59,13 @@ class Protection:
             if name.removeprefix("-") == WHOLE:
                 whole = not name.startswith("-")
                 continue
+            alone = False
             named = PRESETS.get(name.removeprefix("-"), (name.removeprefix("-"),))
             for kind in named:
                 if kind not in KINDS:
                     raise ThriftError(f"protect knows no '{kind}': {did_you_mean(kind, [*KINDS, *PRESETS, WHOLE])}")
                 kinds.pop(kind, None) if name.startswith("-") else kinds.setdefault(kind)
-        if whole and not kinds and not patterns:
+        if whole and alone and not patterns:
             kinds = dict.fromkeys(PRESETS["default"])
         return cls(tuple(k for k in KINDS if k in kinds), tuple(patterns), whole)
 
@@ -136,9 +137,9 @@ def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> li
 def blocks_of(text: str, protected: Sequence[Protected]) -> list[Span]:
     """Sentences, those joined that a protected span reaches across: what can go without breaking anything.
 
-    Tags are left out of account, as those that open and close something may stand far apart.
+    Those of :data:`IN_PAIRS` are left out of account.
     """
-    left = [p for p in reversed(protected) if p.kind != "xml"]
+    left = [p for p in reversed(protected) if p.kind not in IN_PAIRS]
     out: list[Span] = []
     begin = 0
     for _, end in sentences(text):
@@ -159,7 +160,7 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span], who
         text: the text before.
         protected: its protected spans, in order.
         kept: what was kept of it: spans in order.
-        whole: others but tags need not survive either, if nothing of them did.
+        whole: others but those of :data:`IN_PAIRS` need not survive either, if nothing of them did.
     """
     starts = [start for start, _ in kept]
 
@@ -175,7 +176,7 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span], who
     for p in protected:
         at = bisect_right(starts, p.start) - 1
         if at < 0 or p.end > kept[at][1]:
-            may_go = whole and p.kind != "xml" and p.kind not in OF_A_SENTENCE
+            may_go = whole and p.kind not in (*IN_PAIRS, *OF_A_SENTENCE)
             if not (may_go and is_left_out(p, max(at, 0))):
                 out.append(p)
     if not any(p.kind in OF_A_SENTENCE for p in out):
@@ -431,6 +432,9 @@ KINDS: dict[str, Callable[[str], Iterable[Span]]] = {
 
 OF_A_SENTENCE = ("number", "negation", "quote")
 """Kinds that mean something in their sentence only: they go where whole sentences go."""
+
+IN_PAIRS = ("xml", "placeholder")
+"""Kinds of which one may open what another, far away, closes: they stay even where others may go, whole."""
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "default": tuple(KINDS),

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, count_tokens, token_ends
-from .protect import Protected, Protection, blocks_of, held, with_white_space
+from .protect import IN_PAIRS, Protected, Protection, blocks_of, held, with_white_space
 from .spans import bridges, join
 
 
@@ -95,7 +95,7 @@ def best_within(
     Protected spans are kept first, whatever their units score: units are divided at them, except that numbers,
     negations and quotes go with their sentence where that is a unit. If the protected spans alone exceed the budget,
     they alone are kept, over budget, and the result says so; or, if the policy is to keep spans ``whole`` and not all,
-    the best sentences and blocks, each with all that is protected in it, and all tags.
+    the best sentences and blocks, each with all that is protected in it, and all tags and placeholders.
 
     The text is tokenised as a whole a few times only: every unit's cost is read off the first tokenisation, the length
     of the ranking is found by interpolation between true counts, and single units are added by counting their
@@ -132,7 +132,7 @@ def best_within(
         protected = terms.protected(text)
         blocks = blocks_of(text, protected)
         scores, units = _mean_scores(text, units, scores, blocks, ends), blocks
-        tags = with_white_space(text, [p for p in protected if p.kind == "xml"])
+        tags = with_white_space(text, [p for p in protected if p.kind in IN_PAIRS])
         choice = _Choice(text, units, tags, tokenizer, terms.count, ends)
         terms.notes.append("the protected spans alone are more than was asked for: some are left out, whole")
     ranking = choice.ranked(scores)
