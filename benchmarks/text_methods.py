@@ -1,6 +1,6 @@
 """Every text method at four rates: continuation, questions, tokens a second, structure. One table, one run.
 
-    python benchmarks/text_methods.py --out out/text_methods            # the packs; half an hour or so on two cores
+    python benchmarks/text_methods.py --out out/text_methods            # the packs; some 40 minutes on two cores
     python benchmarks/text_methods.py --classifier FOLDER_OR_HUB_ID     # with llmlingua2, which has no pack
     python benchmarks/text_methods.py --quick                           # random models: shows that it runs
 
@@ -10,7 +10,7 @@ the text's own continuation. The 32 tokens before that are never shortened, and 
 protected, and once as `tokenthrift.compress` protects by default, then without the answers that this protects.
 (c) tokens of the text a second, by whole calls, models loaded.
 (d) made-up documents full of code, JSON, tags, tables, links, numbers, negations, quotes and placeholders: what of that
-is broken. Models are random here: whether anything breaks is up to the runtime that all methods share, not to scores.
+is broken. Scorer and embedder are random here: whether anything breaks is up to the runtime that all methods share.
 
 Texts and questions come from Python's help and docstrings (PSF License). Scores are computed once for all rates where
 that gives what the method gives at each rate, which is tried on a text first; speed is measured without that. Results
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--classifier", help="a token classifier for llmlingua2: a folder or a hub id")
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--passage", type=int, default=128, help="tokens of a passage that is asked about, at most")
-    parser.add_argument("--documents", type=int, default=5, help="documents whose continuation is compared")
+    parser.add_argument("--documents", type=int, default=4, help="documents whose continuation is compared")
     parser.add_argument("--tokens", type=int, default=320, help="tokens of each that are shortened")
     parser.add_argument("--timed", type=int, default=1, help="texts of 512 tokens to time")
     parser.add_argument("--fuzzed", type=int, default=1000, help="made-up documents")
