@@ -20,7 +20,7 @@ from tokenthrift.ops.tokens import count_tokens
 from tokenthrift.text.bm25_sentences import BM25Sentences
 from tokenthrift.text.protect import IN_PAIRS, Protected, Protection, missing
 from tokenthrift.text.runtime import compress_text
-from tokenthrift.text.selection import best_within
+from tokenthrift.text.selection import HINT, best_within
 from tokenthrift.text.spans import join, phrases, sentences, spans_to_map, words
 from tokenthrift.text.truncate import Truncate
 
@@ -226,8 +226,13 @@ def test_with_whole_the_answer_stays_and_code_that_does_not_help_goes() -> None:
     assert "The key is under the green mat.\n" in whole.text and "```" not in whole.text and whole.rate <= 0.3
     assert "{%if x%}" in whole.text
     assert whole.text.count("<b>") == whole.text.count("</b>") == 1
-    assert "some are left out, whole" in whole.notes[0]
+    assert whole.notes == ("the protected spans alone are more than was asked for: some are left out, whole",)
+    assert strict.notes[0].endswith("only they are kept" + HINT)
     assert run("default,whole", 0.9).kept == run("default", 0.9).kept  # there was room for all of it
+    method = Truncate(rate=0.3)  # it has no scores
+    head = compress_text([method], text, None, tokenizer(), protect=Protection.of("whole"))
+    assert head.text == compress_text([method], text, None, tokenizer(), protect=DEFAULT).text
+    assert head.notes[0].endswith("only they are kept")
     assert run("json,whole", 0.3).kept == run("json", 0.3).kept
     assert not Protection.of("none,whole") and not Protection.of("whole,-all")
     assert Protection.of("whole") == Protection.of("default,whole") != DEFAULT == Protection.of("whole,default,-whole")

@@ -138,7 +138,8 @@ def best_within(
     ranking = choice.ranked(scores)
     kept = choice.select(ranking, target, fill)
     if choice.note:
-        terms.notes.append(choice.note)
+        may_go = choice.over and protect is None and not terms.protection.whole
+        terms.notes.append(choice.note + (HINT if may_go else ""))
     terms.kept_mass.append(choice.kept_mass(scores))
     return kept
 
@@ -182,7 +183,7 @@ class _Choice:
         self.text = text
         self.tokenizer = tokenizer
         self.count = lambda spans: count(tokenizer, join(text, bridges(text, spans)))
-        self.note = ""
+        self.note, self.over = "", False
         unit = np.array(units, dtype=np.int64).reshape(-1, 2)
         shell = np.array(shells, dtype=np.int64).reshape(-1, 2)
         edges = np.unique(np.concatenate([unit.ravel(), shell.ravel()])) if len(shell) else None
@@ -221,8 +222,9 @@ class _Choice:
         if protected > target:
             self.note = (
                 f"the protected spans alone have {protected} tokens, more than the {target} asked for: "
-                "only they are kept (with 'whole' among the kinds to protect, some are left out instead)"
+                "only they are kept"
             )
+            self.over = True
             return self._result()
         fits, size = self._longest_prefix(ranking, target, protected)
         self._keep(ranking[:fits])
@@ -369,6 +371,7 @@ def _mean_scores(
     return np.where(weight > 0, total / np.maximum(weight, 1e-9), low).tolist()
 
 
+HINT = " (with 'whole' among the kinds to protect, some are left out instead)"
 SHORT = 2048
 """Pieces up to which the ranking is searched to the end by true counts, which are then cheap."""
 NEAR = 64
