@@ -121,7 +121,8 @@ class TextBench:
         )
         rows = parts.question_rows(self._at(name, self.packs), passages, "question" in find(name, "text").needs)
         kinds = [question.kind for passage in passages for question in passage.questions]
-        return {rate: {**row, "kinds": kinds, "passages": len(passages)} for rate, row in rows.items()}
+        about = [i for i, passage in enumerate(passages) for _ in passage.questions]
+        return {rate: {**row, "kinds": kinds, "about": about} for rate, row in rows.items()}
 
     def speed(self, name: str) -> dict[float, parts.Row]:
         texts = self._once("timed", lambda: parts.timed_texts(self.packs.tokenizer, self.args.timed, 512))

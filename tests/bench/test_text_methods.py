@@ -52,6 +52,14 @@ def test_every_part_is_in_the_table_and_a_run_goes_on(
         run(script, capsys, monkeypatch, *FEW, "--out", tmp_path, "--seed", "1")
 
 
+def test_questions_about_one_passage_are_drawn_together(script: ModuleType) -> None:
+    interval = script.print_tables.__globals__["interval"]
+    low, high = interval([1, 0] * 50, range(100))
+    assert 0.35 < low < 0.45 and 0.55 < high < 0.65
+    together = interval([1] * 10 + [0] * 10, [0] * 10 + [1] * 10)
+    assert together == (0, 1) and interval([1, 1], [0, 1]) == (1, 1)
+
+
 def test_what_breaks_is_counted(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
