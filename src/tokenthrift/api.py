@@ -107,7 +107,8 @@ def compress(
         protect: what must survive: ``"default"``, ``"structure"``, ``"none"``, kinds such as ``"code,json,number"`` or
             ``"default,-quote"``, or a list that may hold compiled patterns too; see
             :class:`tokenthrift.text.protect.Protection`. Protected spans are kept first. If they alone exceed the
-            target they win: only they are kept, and the notes say so.
+            target they win: only they are kept, and the notes say so. With ``"default,whole"`` the target wins: some
+            are left out, but none is broken.
         min_saving: return the text as it was if less would be saved: a number of tokens, or as a float a share. What
             the target cannot save is not even tried.
         max_loss: return the text as it was if the predicted loss is larger, in [0, 1].

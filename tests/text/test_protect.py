@@ -13,16 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenthrift.bench.fuzzed import OF_A_SENTENCE, broken, fuzzed
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.core.view import View
 from tokenthrift.ops.tokens import count_tokens
-from tokenthrift.text.protect import Protected, Protection, missing
+from tokenthrift.text.bm25_sentences import BM25Sentences
+from tokenthrift.text.protect import IN_PAIRS, Protected, Protection, missing
 from tokenthrift.text.runtime import compress_text
-from tokenthrift.text.selection import best_within
+from tokenthrift.text.selection import HINT, best_within
 from tokenthrift.text.spans import join, phrases, sentences, spans_to_map, words
 from tokenthrift.text.truncate import Truncate
 
-from .documents import document
 from .tiny import tokenizer
 
 DEFAULT = Protection.of("default")
@@ -53,6 +54,8 @@ def found(text: str, policy: Any = "default") -> list[tuple[str, str]]:
          ["5 km", "$1,234.50", "-3 °C", "v1.2.3", "2024-01-02", "12%", "5公里", "3 million euros"]),
         ("He did not go. Don't ask; never mind, no refunds. nicht gut 我不去", "negation",
          ["did not go", "Don't ask", "never mind", "no refunds", "nicht gut", "不去"]),
+        ("It is not without risk. Never not\tsay it, don't.", "negation",
+         ["is not without risk", "Never not\tsay", "don't"]),
         ("\"yes, sir\" it's 'so' “fine” 5\" «bon» 「はい」 dogs' tails'", "quote",
          ['"yes, sir"', "'so'", "“fine”", "«bon»", "「はい」"]),
     ],
@@ -69,6 +72,17 @@ def test_policies() -> None:
     assert found(text, "none") == found(text, None) == found(text, "url,-all") == []
     assert found(text, ["url", re.compile(r"\bsay\b")]) == [("custom", "say"), ("url", "https://x.org/5")]
     assert not Protection.of("none") and Protection.of(DEFAULT) is DEFAULT
+
+
+def test_what_stands_for_itself_stays_where_the_negation_or_quote_around_it_goes() -> None:
+    text = 'There is no https://x.org/a page. He wrote "see {x} now" to me. Bring cake for 5.'
+    kinds = [("negation", "no "), ("url", "https://x.org/a"), ("quote", '"see '), ("placeholder", "{x}")]
+    assert found(text) == [*kinds, ("quote", ' now"'), ("number", "5")]
+    out = compress_text([BM25Sentences(rate=0.5)], text, "Which cake?", tokenizer(), protect=DEFAULT)
+    assert out.text == " https://x.org/a {x} Bring cake for 5." and not out.notes
+    link, x = text.index("https"), text.index("{x}")
+    lost = [p.kind for p in missing(text, DEFAULT.find(text), [(0, 8), (link, link + 15), (x, x + 3)])]
+    assert lost == ["negation"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +156,7 @@ class Drawn:
 
 def check(seed: int) -> None:
     """One document, one rate, one way to split it; every guarantee."""
-    doc = document(seed)
+    doc = fuzzed(seed)
     text = doc.text
     draw = random.Random(seed)
     split = draw.choice((words, phrases, sentences))
@@ -154,11 +168,10 @@ def check(seed: int) -> None:
 
     assert out.text == join(text, out.kept)
     assert all(a[1] < b[0] for a, b in zip(out.kept, out.kept[1:], strict=False))
-    for entity in doc.structure:
-        assert entity in out.text, (seed, entity)
-    if split is not sentences and seed % 5:
-        for entity in doc.of_a_sentence:
-            assert entity in out.text, (seed, entity)
+    assert not broken(doc, out.kept, DEFAULT.kinds), seed
+    for start, end, kind in doc.planted:
+        if kind not in OF_A_SENTENCE or (split is not sentences and seed % 5):
+            assert text[start:end] in out.text, (seed, text[start:end])
     assert missing(text, DEFAULT.find(text), out.kept) == []
     assert not any("returned as it was" in note for note in out.notes)
 
@@ -172,6 +185,57 @@ def check(seed: int) -> None:
     for mark in ("```py\n", "~~~py\n", "| name"):
         assert all(out.text[: m.start()].endswith(("\n", "\n ")) or not out.text[: m.start()].strip()
                    for m in re.finditer(re.escape(mark), out.text)), seed  # fmt: skip
+
+
+def check_whole(seed: int) -> None:
+    """One document, protected with ``whole``: the target is met, and what is protected is there as a whole or not."""
+    doc = fuzzed(seed)
+    draw = random.Random(seed)
+    rate = draw.choice((0.1, 0.2, 0.33, 0.5))
+    method: Any = Drawn(seed, rate, draw.choice((words, phrases, sentences)))
+    out = compress_text([method], doc.text, None, tokenizer(), protect=Protection.of("whole"))
+    said = ("all of the text", "no unit has at most", "the protected spans alone have", "were added")
+    target = max(int(out.tokens_before * rate + 0.5), 1)
+    assert out.tokens_after <= target or any(words in note for words in said for note in out.notes), seed
+    assert not broken(doc, out.kept, (*IN_PAIRS, *OF_A_SENTENCE)), seed
+    for start, end, kind in doc.planted:
+        left = join(doc.text, [(max(start, a), min(end, b)) for a, b in out.kept if a < end and start < b])
+        assert not left.strip() or left == doc.text[start:end] or kind in OF_A_SENTENCE, (seed, left)
+    assert not any("returned as it was" in note for note in out.notes)
+    dropped = any(f"{doc.text[p.start : p.end]}" not in out.text for p in doc.planted if p.kind not in OF_A_SENTENCE)
+    assert not dropped or any("left out, whole" in note for note in out.notes), seed
+
+
+def test_with_whole_what_is_protected_is_there_as_a_whole_or_not() -> None:
+    for seed in range(150):
+        check_whole(seed)
+
+
+def test_with_whole_the_answer_stays_and_code_that_does_not_help_goes() -> None:
+    code = "```py\nx = 1\n\n# Nobody came.\ny = [2]\n```\n"
+    table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    text = f"Look here.\n\n{code}\nThe key is under the green mat.\n\n{table}\nMore <b>of</b> {{%if x%}} this.\n{code}"
+    asked = "Where is the key, under the mat?"
+
+    def run(policy: str, rate: float) -> Any:
+        method = BM25Sentences(rate=rate)
+        return compress_text([method], text, asked, tokenizer(), protect=Protection.of(policy))
+
+    strict, whole = run("default", 0.3), run("default,whole", 0.3)
+    assert code in strict.text and table in strict.text and "mat" not in strict.text and strict.rate > 0.5
+    assert "The key is under the green mat.\n" in whole.text and "```" not in whole.text and whole.rate <= 0.3
+    assert "{%if x%}" in whole.text
+    assert whole.text.count("<b>") == whole.text.count("</b>") == 1
+    assert whole.notes == ("the protected spans alone are more than was asked for: some are left out, whole",)
+    assert strict.notes[0].endswith("only they are kept" + HINT)
+    assert run("default,whole", 0.9).kept == run("default", 0.9).kept  # there was room for all of it
+    method = Truncate(rate=0.3)  # it has no scores
+    head = compress_text([method], text, None, tokenizer(), protect=Protection.of("whole"))
+    assert head.text == compress_text([method], text, None, tokenizer(), protect=DEFAULT).text
+    assert head.notes[0].endswith("only they are kept")
+    assert run("json,whole", 0.3).kept == run("json", 0.3).kept
+    assert not Protection.of("none,whole") and not Protection.of("whole,-all")
+    assert Protection.of("whole") == Protection.of("default,whole") != DEFAULT == Protection.of("whole,default,-whole")
 
 
 @pytest.mark.parametrize("part", range(4))

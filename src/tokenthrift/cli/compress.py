@@ -33,7 +33,8 @@ def compress(
     protect: Annotated[
         str,
         typer.Option(
-            help="What must survive: default, structure, none, or kinds: code,json,url,... A minus takes one away."
+            help="What must survive: default, structure, none, or kinds: code,json,url,... A minus takes one away; "
+            "with 'whole' (default,whole) some of it goes, unbroken, where it alone exceeds the target."
         ),
     ] = "default",
     min_saving: Annotated[

@@ -9,7 +9,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.errors import ThriftError, did_you_mean
 from ..ops.tokens import Span
@@ -30,11 +30,13 @@ class Protection:
 
     ``Protection.of`` takes what users write: ``"default"`` (every kind below), ``"structure"`` (what programs read:
     all but numbers, negations and quotes), ``"none"``, names of kinds with commas between them, of which a leading
-    minus takes one away (``"default,-quote"``), or a list of names and compiled regular expressions.
+    minus takes one away (``"default,-quote"``), or a list of names and compiled regular expressions. Among them
+    ``"whole"`` says what gives way where protected spans alone exceed the target: with it some of them go, whole.
     """
 
     kinds: tuple[str, ...] = ()
     patterns: tuple[re.Pattern[str], ...] = ()
+    whole: bool = False
 
     @classmethod
     def of(cls, value: Protection | str | Iterable[str | re.Pattern[str]] | None) -> Protection:
@@ -44,6 +46,7 @@ class Protection:
         items = [] if value is None else value.split(",") if isinstance(value, str) else value
         kinds: dict[str, None] = {}
         patterns = []
+        whole, alone = False, True
         if not isinstance(items, Iterable):
             raise ThriftError(f"protect takes names of kinds, not {type(value).__name__}: e.g. protect='code,json'")
         for item in items:
@@ -53,28 +56,62 @@ class Protection:
             if not isinstance(item, str):
                 raise ThriftError(f"protect takes names of kinds and compiled patterns, not {item!r}")
             name = item.strip()
+            if name.removeprefix("-") == WHOLE:
+                whole = not name.startswith("-")
+                continue
+            alone = False
             named = PRESETS.get(name.removeprefix("-"), (name.removeprefix("-"),))
             for kind in named:
                 if kind not in KINDS:
-                    raise ThriftError(f"protect knows no '{kind}': {did_you_mean(kind, [*KINDS, *PRESETS])}")
+                    raise ThriftError(f"protect knows no '{kind}': {did_you_mean(kind, [*KINDS, *PRESETS, WHOLE])}")
                 kinds.pop(kind, None) if name.startswith("-") else kinds.setdefault(kind)
-        return cls(tuple(k for k in KINDS if k in kinds), tuple(patterns))
+        if whole and alone and not patterns:
+            kinds = dict.fromkeys(PRESETS["default"])
+        return cls(tuple(k for k in KINDS if k in kinds), tuple(patterns), whole)
 
     def __bool__(self) -> bool:
         return bool(self.kinds or self.patterns)
 
     def find(self, text: str) -> list[Protected]:
-        """The protected spans of a text, in order, disjoint; of spans that overlap the union, called as the first."""
+        """The protected spans of a text, in order, disjoint; of spans that overlap the union, called as the first.
+
+        Where a number, negation or quote overlaps anything else it is what lies outside of that: a link stays even if
+        it is quoted in a sentence that goes.
+        """
         found = [Protected(a, b, kind) for kind in self.kinds for a, b in KINDS[kind](text) if a < b]
         found += [Protected(*m.span(), "custom") for p in self.patterns for m in p.finditer(text) if m.group()]
-        found.sort(key=lambda p: (p.start, -p.end))
-        out: list[Protected] = []
-        for span in found:
-            if out and span.start < out[-1].end:
-                out[-1] = out[-1]._replace(end=max(out[-1].end, span.end))
-            else:
-                out.append(span)
-        return out
+        stays = _joined(p for p in found if p.kind not in OF_A_SENTENCE)
+        goes = _joined(p for p in found if p.kind in OF_A_SENTENCE)
+        parts = [p._replace(start=a, end=b) for p, a, b in _outside(goes, stays) if text[a:b].strip()]
+        return sorted([*stays, *parts])
+
+
+def _joined(spans: Iterable[Protected]) -> list[Protected]:
+    """Spans in order, those that overlap as one."""
+    out: list[Protected] = []
+    for span in sorted(spans, key=lambda p: (p.start, -p.end)):
+        if out and span.start < out[-1].end:
+            out[-1] = out[-1]._replace(end=max(out[-1].end, span.end))
+        else:
+            out.append(span)
+    return out
+
+
+def _outside(spans: Sequence[Any], holes: Sequence[Any]) -> Iterator[tuple[Any, int, int]]:
+    """Each span with the start and end of a part of it that lies in no hole; both are in order and disjoint."""
+    at = 0
+    for span in spans:
+        start, end = span[0], span[1]
+        while at < len(holes) and holes[at][1] <= start:
+            at += 1
+        hole = at
+        while hole < len(holes) and holes[hole][0] < end:
+            if start < holes[hole][0]:
+                yield span, start, holes[hole][0]
+            start = holes[hole][1]
+            hole += 1
+        if start < end:
+            yield span, start, end
 
 
 def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> list[Protected]:
@@ -97,7 +134,24 @@ def held(text: str, protected: Sequence[Protected], units: Sequence[Span]) -> li
     return out
 
 
-def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> list[Protected]:
+def blocks_of(text: str, protected: Sequence[Protected]) -> list[Span]:
+    """Sentences, those joined that a protected span reaches across: what can go without breaking anything.
+
+    Those of :data:`IN_PAIRS` are left out of account.
+    """
+    left = [p for p in reversed(protected) if p.kind not in IN_PAIRS]
+    out: list[Span] = []
+    begin = 0
+    for _, end in sentences(text):
+        while left and left[-1].end <= end:
+            left.pop()
+        if not left or left[-1].start >= end:
+            out.append((begin, end))
+            begin = end
+    return out
+
+
+def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span], whole: bool = False) -> list[Protected]:
     """The protected spans that did not survive: they are not in one piece in what was kept, though they should be.
 
     What belongs to a sentence need not survive where nothing of the sentence did but other protected spans.
@@ -106,19 +160,31 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> 
         text: the text before.
         protected: its protected spans, in order.
         kept: what was kept of it: spans in order.
+        whole: others but those of :data:`IN_PAIRS` need not survive either, if nothing of them did.
     """
     starts = [start for start, _ in kept]
+
+    def is_left_out(p: Protected, at: int) -> bool:
+        """Whether nothing of it was kept but white space, which what follows it may need."""
+        while at < len(kept) and kept[at][0] < p.end:
+            if text[max(kept[at][0], p.start) : min(kept[at][1], p.end)].strip():
+                return False
+            at += 1
+        return True
+
     out = []
     for p in protected:
         at = bisect_right(starts, p.start) - 1
         if at < 0 or p.end > kept[at][1]:
-            out.append(p)
+            may_go = whole and p.kind not in (*IN_PAIRS, *OF_A_SENTENCE)
+            if not (may_go and is_left_out(p, max(at, 0))):
+                out.append(p)
     if not any(p.kind in OF_A_SENTENCE for p in out):
         return out
     bounds = sentences(text)
     begins = [start for start, _ in bounds]
     structure = with_white_space(text, (p for p in protected if p.kind not in OF_A_SENTENCE))
-    others = _without(kept, structure)
+    others = [(start, end) for _, start, end in _outside(kept, structure)]
     other_ends = [end for _, end in others]
 
     def is_gone(p: Protected) -> bool:
@@ -132,24 +198,6 @@ def missing(text: str, protected: Sequence[Protected], kept: Sequence[Span]) -> 
         return True
 
     return [p for p in out if p.kind not in OF_A_SENTENCE or not is_gone(p)]
-
-
-def _without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
-    """The spans less the holes; both in order and disjoint."""
-    out: list[Span] = []
-    at = 0
-    for start, end in spans:
-        while at < len(holes) and holes[at][1] <= start:
-            at += 1
-        hole = at
-        while hole < len(holes) and holes[hole][0] < end:
-            if start < holes[hole][0]:
-                out.append((start, holes[hole][0]))
-            start = holes[hole][1]
-            hole += 1
-        if start < end:
-            out.append((start, end))
-    return out
 
 
 def with_white_space(text: str, spans: Iterable[Protected]) -> list[Span]:
@@ -332,10 +380,13 @@ def _numbers(text: str) -> Iterator[Span]:
             yield start, unit.end() if unit else end
 
 
+_NO = (
+    r"(?:no|not|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|except|unless|\w{2,8}n['’]t"
+    r"|nicht|kein\w{0,2}|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ning[uú]na?)\b"
+)
 _NEGATION = re.compile(
-    r"(?:\b[\w'’]++[ \t]++)?\bnot\b(?:[ \t]++[\w'’-]++)?"
-    r"|\b(?:no|never|none|nor|neither|nobody|nothing|nowhere|cannot|without|except|unless|\w{2,8}n['’]t"
-    r"|nicht|kein\w{0,2}|niemals|ohne|pas|jamais|aucune?|sans|nunca|jamás|ning[uú]na?)\b(?:[ \t]++[\w'’-]++)?"
+    # Of several in a row, as in "not without risk", it is the word behind the last one that is negated.
+    rf"(?:\b[\w'’]++[ \t]++(?=not\b))?\b{_NO}(?:[ \t]++{_NO})*+(?:[ \t]++[\w'’-]++)?"
     rf"|[不没沒未无無勿别別][{SOLID}]?|ない|なかった|ません",
     re.IGNORECASE,
 )
@@ -382,9 +433,15 @@ KINDS: dict[str, Callable[[str], Iterable[Span]]] = {
 OF_A_SENTENCE = ("number", "negation", "quote")
 """Kinds that mean something in their sentence only: they go where whole sentences go."""
 
+IN_PAIRS = ("xml", "placeholder")
+"""Kinds of which one may open what another, far away, closes: they stay even where others may go, whole."""
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "default": tuple(KINDS),
     "all": tuple(KINDS),
     "structure": tuple(k for k in KINDS if k not in OF_A_SENTENCE),
     "none": (),
 }
+
+WHOLE = "whole"
+"""What users write beside kinds for protection that never breaks a span, but may drop it."""

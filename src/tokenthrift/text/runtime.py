@@ -97,7 +97,7 @@ def compress_text(
 
     kept = map_to_spans(whole)
     if protect is not None:
-        kept, problem = _mended(text, kept, found, made.notes)
+        kept, problem = _mended(text, kept, found, made.notes, protect.whole)
         if problem:
             return made.unchanged(problem)
         if merged(kept) != map_to_spans(whole):
@@ -159,7 +159,9 @@ class _Result:
         )
 
 
-def _mended(text: str, kept: list[Span], protected: list[Protected], notes: list[str]) -> tuple[list[Span], str | None]:
+def _mended(
+    text: str, kept: list[Span], protected: list[Protected], notes: list[str], whole: bool
+) -> tuple[list[Span], str | None]:
     """The spans with the protected ones that are missing, or why they cannot be used."""
     in_order = all(a[1] <= b[0] for a, b in pairwise(kept))
     if not in_order:
@@ -168,14 +170,14 @@ def _mended(text: str, kept: list[Span], protected: list[Protected], notes: list
         notes.append("the method changed the order of the text")
     if text.strip() and not join(text, kept).strip():
         return kept, "the method kept nothing"
-    lost = missing(text, protected, sorted(kept))
+    lost = missing(text, protected, sorted(kept), whole)
     if not lost:
         return kept, None
     if not in_order:
         return kept, f"{len(lost)} protected spans did not survive"
     mended = bridges(text, _union(kept, with_white_space(text, lost)))
     notes.append(f"{len(lost)} protected spans were added to what the method kept")
-    if missing(text, protected, merged(mended)):
+    if missing(text, protected, merged(mended), whole):
         return kept, "protected spans did not survive"
     return mended, None
 

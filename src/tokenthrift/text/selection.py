@@ -14,7 +14,7 @@ import numpy as np
 from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, count_tokens, token_ends
-from .protect import Protected, Protection, held, with_white_space
+from .protect import IN_PAIRS, Protected, Protection, blocks_of, held, with_white_space
 from .spans import bridges, join
 
 
@@ -94,7 +94,8 @@ def best_within(
 
     Protected spans are kept first, whatever their units score: units are divided at them, except that numbers,
     negations and quotes go with their sentence where that is a unit. If the protected spans alone exceed the budget,
-    they alone are kept, over budget, and the result says so.
+    they alone are kept, over budget, and the result says so; or, if the policy is to keep spans ``whole`` and not all,
+    the best sentences and blocks, each with all that is protected in it, and all tags and placeholders.
 
     The text is tokenised as a whole a few times only: every unit's cost is read off the first tokenisation, the length
     of the ranking is found by interpolation between true counts, and single units are added by counting their
@@ -127,10 +128,18 @@ def best_within(
     else:
         shells = with_white_space(text, [Protected(a, b, "") for a, b in sorted(protect)])
     choice = _Choice(text, units, shells, tokenizer, terms.count, ends)
+    if protect is None and terms.protection.whole and choice.held_tokens() > target:
+        protected = terms.protected(text)
+        blocks = blocks_of(text, protected)
+        scores, units = _mean_scores(text, units, scores, blocks, ends), blocks
+        tags = with_white_space(text, [p for p in protected if p.kind in IN_PAIRS])
+        choice = _Choice(text, units, tags, tokenizer, terms.count, ends)
+        terms.notes.append("the protected spans alone are more than was asked for: some are left out, whole")
     ranking = choice.ranked(scores)
     kept = choice.select(ranking, target, fill)
     if choice.note:
-        terms.notes.append(choice.note)
+        may_go = choice.over and protect is None and not terms.protection.whole
+        terms.notes.append(choice.note + (HINT if may_go else ""))
     terms.kept_mass.append(choice.kept_mass(scores))
     return kept
 
@@ -174,7 +183,7 @@ class _Choice:
         self.text = text
         self.tokenizer = tokenizer
         self.count = lambda spans: count(tokenizer, join(text, bridges(text, spans)))
-        self.note = ""
+        self.note, self.over = "", False
         unit = np.array(units, dtype=np.int64).reshape(-1, 2)
         shell = np.array(shells, dtype=np.int64).reshape(-1, 2)
         edges = np.unique(np.concatenate([unit.ravel(), shell.ravel()])) if len(shell) else None
@@ -201,6 +210,10 @@ class _Choice:
         order = np.argsort(np.where(np.isnan(values), np.inf, -values), kind="stable")
         return order[self.first[order] < self.first[order + 1]]
 
+    def held_tokens(self) -> int:
+        """Tokens of what is protected alone; 0 where that is all there is, as then it stays."""
+        return 0 if self._all_but_blanks_held() else self.count(self._spans(self.held))
+
     def select(self, ranking: np.ndarray, target: int, fill: bool) -> list[Span]:
         protected = self.count(self._spans(self.mask))
         if self.mask.any() and self._all_but_blanks_held():
@@ -211,6 +224,7 @@ class _Choice:
                 f"the protected spans alone have {protected} tokens, more than the {target} asked for: "
                 "only they are kept"
             )
+            self.over = True
             return self._result()
         fits, size = self._longest_prefix(ranking, target, protected)
         self._keep(ranking[:fits])
@@ -341,6 +355,23 @@ class _Choice:
         return not any(self.text[a:b].strip() for a, b in gaps)
 
 
+def _mean_scores(
+    text: str, units: Sequence[Span], scores: Sequence[float], blocks: Sequence[Span], ends: np.ndarray | None
+) -> list[float]:
+    """Of each block the mean score of the units that begin in it, by their tokens; the lowest where none does."""
+    starts = np.array([start for start, _ in units], dtype=np.int64)
+    values = np.asarray(scores, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    weights = np.maximum(_tokens_of(text, starts, ends), 1e-6)
+    block = np.searchsorted([start for start, _ in blocks], starts, side="right") - 1
+    total = np.bincount(block, weights * values, minlength=len(blocks))
+    weight = np.bincount(block, weights, minlength=len(blocks))
+    return np.where(weight > 0, total / np.maximum(weight, 1e-9), low).tolist()
+
+
+HINT = " (with 'whole' among the kinds to protect, some are left out instead)"
 SHORT = 2048
 """Pieces up to which the ranking is searched to the end by true counts, which are then cheap."""
 NEAR = 64

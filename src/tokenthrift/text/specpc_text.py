@@ -33,7 +33,7 @@ _STAYS = 1e9
     stage="text",
     paper="Draft-based Approximate Inference for LLMs",
     arxiv="2506.08373",
-    needs=("text", "tokenizer"),
+    needs=("text", "question", "tokenizer"),
     status="partial",
 )
 class SpecPCText:
