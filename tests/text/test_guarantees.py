@@ -271,9 +271,9 @@ def test_async_gives_the_same() -> None:
         done = asyncio.Event()
         ticking = asyncio.create_task(beat())
         texts = await asyncio.gather(
-            *(tt.acompress(PROSE, rate=rate, scorer=scorer()) for rate in (0.3, 0.6)),
-            tt.acompress([PROSE], rate=0.6, scorer=scorer()),
-            tt.acompress([{"role": "tool", "content": PROSE}], rate=0.6, scorer=scorer()),
+            *(tt.acompress(PROSE, "selective_context", rate=rate, scorer=scorer()) for rate in (0.3, 0.6)),
+            tt.acompress([PROSE], "selective_context", rate=0.6, scorer=scorer()),
+            tt.acompress([{"role": "tool", "content": PROSE}], "selective_context", rate=0.6, scorer=scorer()),
         )
         done.set()
         return [await ticking, *texts]
