@@ -16,7 +16,7 @@ LANGUAGE = (
     "cache=knorm(budget=0.75)",
     "cache=streaming_llm(budget=0.75)",
     "text=truncate(rate=0.75)",
-    "text=selective_context(rate=0.75)",
+    "text=word_head(rate=0.75)",
     "text=embedding_sentences(rate=0.75)",
     "decode=prompt_lookup()",
     "text=embedding_sentences(rate=0.75) cache=snapkv(budget=0.5) decode=prompt_lookup()",
@@ -34,10 +34,8 @@ VISION = (
 """For vision encoders: one method from careful to aggressive, then others at one share."""
 
 VISUAL = (
-    *(
-        f"connector={name}(keep=0.25, positions=original)"
-        for name in ("random_tokens", "uniform_tokens", "pool_tokens")
-    ),
+    *(f"connector={name}(keep=0.25, positions=original)" for name in ("random_tokens", "pool_tokens")),
+    "connector=uniform_tokens(keep=0.25, positions=original, grid=True)",
     *(f"connector=divprune(keep={keep}, positions=original)" for keep in (0.5, 0.25, 0.11)),
     "connector=divprune(keep=0.25)",
     *(f"connector={name}(keep=0.25, positions=original)" for name in ("visionzip", "hiprune")),
