@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
+from tokenthrift.bench.metrics import share_interval
 from tokenthrift.bench.runner import bench
 from tokenthrift.bench.tasks import SUITES
 from tokenthrift.core.plan import Plan
@@ -102,13 +101,10 @@ def hits(row: dict[str, Any]) -> float:
     return sum(right for _, right in row["scores"])
 
 
-def share(scenes: list[tuple[float, int]], draws: int = 2000) -> tuple[float, float, float]:
-    """Of (right answers, questions) the share with its interval; scenes are drawn, as questions about one are not
-    independent."""
-    right, asked = np.array(scenes).T
-    drawn = np.random.default_rng(0).integers(0, len(scenes), (draws, len(scenes)))
-    low, high = np.quantile(right[drawn].sum(1) / asked[drawn].sum(1), [0.025, 0.975])
-    return float(right.sum() / asked.sum()), float(low), float(high)
+def share(scenes: list[tuple[float, int]]) -> tuple[float, float, float]:
+    """Of (right answers, questions) a scene the share of right ones, with its interval."""
+    right, asked = zip(*scenes, strict=True)
+    return (sum(right) / sum(asked), *share_interval(right, asked))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,17 @@ Nobody remembers the answer. The house at 14 Rua Nova was sold for 310,000 euros
 """
 
 
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.5,
+}
+"""Of the models that share the tokenizer."""
+
+
 @cache
 def tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
@@ -49,15 +60,7 @@ def tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
 @cache
 def language_model(positions: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-    )
+    config = LlamaConfig(**SIZES, max_position_embeddings=positions)
     return LlamaForCausalLM(config).eval()
 
 
@@ -70,16 +73,7 @@ def scorer() -> Scorer:
 def classifier(positions: int = 64) -> TokenClassifier:
     """A random token classifier that shares the tokenizer."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-        num_labels=2,
-    )
+    config = BertConfig(**SIZES, max_position_embeddings=positions, num_labels=2)
     return TokenClassifier(BertForTokenClassification(config).eval(), tokenizer())
 
 
@@ -111,15 +105,7 @@ def sequence_classifier() -> tuple[AutoModelForSequenceClassification, PreTraine
 def word_scorer(positions: int = 64) -> WordScorer:
     """A random head on a random BERT that shares the tokenizer of the language model, which has no special tokens."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.5,
-    )
+    config = BertConfig(**SIZES, max_position_embeddings=positions)
     head = WordHead(16, (0, 2), width=8)
     torch.nn.init.constant_(head.out.bias, 3.0)  # costs are positive, as real ones
     return WordScorer(BertModel(config).eval(), tokenizer(), head)

@@ -371,9 +371,8 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if "places" in state:
-            places.load_state_dict(state["places"])
-            teller.load_state_dict(state["teller"])
+        places.load_state_dict(state["places"])
+        teller.load_state_dict(state["teller"])
         step, seconds = state["step"], state["seconds"]
     else:
         began = time.monotonic()

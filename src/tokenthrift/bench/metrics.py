@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -64,3 +65,16 @@ def bootstrap(
     means = np.mean([g[rng.integers(0, len(g), (draws, len(g)))].mean(1) for g in groups], axis=0)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean([g.mean() for g in groups])), float(low), float(high)
+
+
+def share_interval(
+    right: ArrayLike, asked: ArrayLike, seed: int = 0, draws: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of ``sum(right) / sum(asked)``, one number each a case.
+
+    Cases are drawn with replacement, not single questions: those about one case are not independent.
+    """
+    sums, counts = np.asarray(right, dtype=float), np.asarray(asked, dtype=float)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ThriftError
+from .metrics import share_interval
 from .scene_questions import Question, ask
 from .scenes import SIZE, Collection, draw, held_out, lay_out
 
@@ -55,12 +56,9 @@ class Answers:
 
     def interval(self, seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of the accuracy. Images are drawn, since questions about one are not independent."""
-        sums, counts = np.zeros(max(self.images) + 1), np.zeros(max(self.images) + 1)
-        np.add.at(sums, list(self.images), self.right)
-        np.add.at(counts, list(self.images), 1)
-        drawn = np.random.default_rng(seed).integers(0, len(sums), (draws, len(sums)))
-        low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
+        sums = np.bincount(self.images, self.right)
+        counts = np.bincount(self.images)
+        return share_interval(sums, counts, seed, draws, level)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, for JSON."""
