@@ -71,7 +71,8 @@ def compared(name: str, documents: list[str], rate: float, scorer: Scorer, peer:
     total = sum(len(ids) for ids, _ in encode(scorer.tokenizer, documents))
     target = int(rate * total)
     job = {"documents": documents, "target_token": target, "use_sentence_level_filter": False, **THEIRS[name]}
-    options = {"question": question, "scorer": scorer, "separator": "\n\n"}
+    # What is protected would be added to what the authors choose.
+    options = {"question": question, "scorer": scorer, "separator": "\n\n", "protect": "none"}
     compat, default = [], []
     for _ in range(turns):
         theirs = peer.send(job)

@@ -47,8 +47,20 @@ def test_only_what_changed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     reading.surprise(list(range(10, 60)), 50)
     reading.surprise([*range(10, 50), *range(70, 80)], 10)
     assert fed == [50, 10]
-    reading.surprise([*range(10, 50), *range(70, 80)], 10)
-    assert fed == [50, 10, 10]
+    again = reading.surprise([*range(10, 50), *range(70, 80)], 30)
+    assert fed == [50, 10], "known from the first call and the second"
+    assert again.tolist() == pytest.approx(anew(judge, [1, *range(10, 50), *range(70, 80)])[-30:].tolist(), abs=1e-4)
+    reading.surprise([*range(10, 50), *range(70, 80)], 50)
+    reading.surprise([*range(10, 50), *range(70, 85)], 7)
+    assert fed == [50, 10, 5]
+
+
+def test_what_nobody_asked_for_is_scored_when_somebody_does() -> None:
+    judge, ids = scorer(), list(range(10, 60))
+    reading = judge.reading()
+    reading.surprise(ids, 5)
+    assert reading.surprise(ids, 20).tolist() == pytest.approx(anew(judge, [1, *ids])[-20:].tolist(), abs=1e-4)
+    assert reading.surprise(ids[:30], 30).tolist() == pytest.approx(anew(judge, [1, *ids[:30]]).tolist(), abs=1e-4)
 
 
 def test_the_first_token_without_a_start() -> None:
@@ -66,5 +78,19 @@ def test_more_tokens_than_positions() -> None:
     for end in range(8, 101, 4):
         found = reading.surprise(ids[:end], 4, fixed=3)
         assert len(found) == 4 and bool(found.isfinite().all())
-        assert len(reading._read) < 32
-        assert reading._read[1:4] == ids[:3]
+        assert len(reading._ids) - 1 < 32
+        assert reading._ids[1:4] == ids[:3]
+
+
+def test_a_start_that_was_scored_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, fed, ids = scorer(), [], list(range(10, 60))
+    states = judge.states
+    nats = judge.reading().surprise(ids, 50)
+    monkeypatch.setattr(judge, "states", lambda **kw: fed.append(kw["input_ids"].shape[1]) or states(**kw))
+    reading = judge.reading(known=(ids, nats))
+    assert reading.surprise(ids[:30], 30).tolist() == nats[:30].tolist()
+    assert not fed
+    after = [*ids[:30:2], *ids[30:]]
+    expected = anew(judge, [1, *after])[-20:].tolist()
+    assert reading.surprise(after, 20).tolist() == pytest.approx(expected, abs=1e-4)
+    assert fed == [35]

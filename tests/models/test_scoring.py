@@ -10,7 +10,7 @@ import torch
 from transformers import AddedToken
 
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.models.scoring import Embedder, Scorer, document_start
+from tokenthrift.models.scoring import LOGITS, Embedder, Scorer, document_start
 
 from ..text.tiny import PROSE, language_model, tokenizer
 
@@ -29,6 +29,31 @@ def test_equals_a_plain_forward() -> None:
     scored = Scorer(model, tokenizer()).self_information(text)
     torch.testing.assert_close(torch.tensor([x for *_, x in scored]), torch.tensor(plain_nats(text, model)))
     assert [(a, b) for a, b, _ in scored] == Scorer(model, tokenizer()).token_spans(text)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_vocabulary_in_parts(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = language_model(512), PROSE.strip()
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 400))
+    monkeypatch.setitem(LOGITS, "cpu", 1)
+    scorer = Scorer(model, tokenizer())
+    assert scorer._head is model.lm_head
+    scored = scorer.self_information(text)
+    torch.testing.assert_close(torch.tensor([x for *_, x in scored]), torch.tensor(plain_nats(text, model)))
+
+
+def test_a_head_that_is_more_than_its_weight_is_asked_for_its_logits() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(states)
+
+    model, text = language_model(512), "He stayed for years"
+    model.lm_head.__class__ = Doubled
+    scorer = Scorer(model, tokenizer())
+    assert scorer._head is None
+    scored = scorer.self_information(text)
+    torch.testing.assert_close(torch.tensor([x for *_, x in scored]), torch.tensor(plain_nats(text, model)))
 
 
 def test_segments_are_scored_each_on_its_own_whatever_the_batches() -> None:

@@ -77,9 +77,21 @@ def test_what_is_dropped_is_the_unsurprising_token_itself() -> None:
 def test_every_segment_keeps_its_share(size: int, rate: float) -> None:
     ids = FILE["basic_in"].tolist()
     kept = margins(ids, [rate] * len(ids), range(len(ids)), size, surprise_of_all) > 0
-    for start in range(0, len(ids), size):
-        segment = kept[start : start + size]
-        assert abs(int(segment.sum()) - rate * len(segment)) <= 1
+    starts = [start for start in range(0, len(ids), size) if start == 0 or len(ids) - start >= size // 2]
+    for start, end in pairwise([*starts, len(ids)]):
+        assert abs(int(kept[start:end].sum()) - rate * (end - start)) <= 1
+
+
+def test_a_short_rest_is_no_segment_of_its_own() -> None:
+    read: list[int] = []
+
+    def noted(ids: list[int], last: int) -> Tensor:
+        read.append(last)
+        return torch.arange(float(last))
+
+    for n in (49, 50, 60, 69, 70):
+        margins(range(n), [0.5] * n, range(n), 20, noted)
+    assert read == [20, 29, 20, 20, 10, 20, 20, 20, 20, 20, 29, 20, 20, 20, 10]
 
 
 def surprise_of_all(ids: list[int], last: int) -> Tensor:

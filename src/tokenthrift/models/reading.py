@@ -20,20 +20,26 @@ class Reading:
     """The tokens of one text under a scorer's model, most of them read only once.
 
     Every call of :meth:`surprise` gives the whole text as it is by then. What it has in common with the text of the
-    call before stays in the key/value cache; only what comes behind is computed.
+    call before is neither read nor scored again; only what comes behind is computed.
 
     Args:
         scorer: whose model reads.
         first: the token before all others, or None: the first token of a text is then as surprising as one drawn
             blindly, ``ln(vocabulary size)``.
+        known: the ids of a text and what :meth:`surprise` gave for all of them: not scored again where a text starts
+            like it.
     """
 
-    def __init__(self, scorer: Scorer, first: int | None) -> None:
+    def __init__(self, scorer: Scorer, first: int | None, known: tuple[Sequence[int], Tensor] | None = None) -> None:
         self.scorer = scorer
         self.first = first
         # A cache without the model's config keeps every token, in layers with a sliding window too: it can be cut.
         self._cache = OwnCache()
-        self._read: list[int] = []
+        ids, nats = ([], torch.zeros(0)) if known is None else known
+        # What was read last, and what is known of each of its ids: nan where nobody asked.
+        self._ids = [*ids] if first is None else [first, *ids]
+        self._nats = torch.cat([torch.full((len(self._ids) - len(nats),), torch.nan), nats])
+        self._cached = 0  # how many of the ids the cache holds
 
     @property
     def limit(self) -> int | None:
@@ -49,31 +55,33 @@ class Reading:
         """
         ids = self._shortened(list(ids), fixed)
         last = min(last, len(ids))
-        if self.first is not None:
-            ids = [self.first, *ids]
-        # The token before the first that is asked for has to be computed again: its state is what predicts.
-        known = max(0, min(_common(self._read, ids), len(ids) - last - 1, len(ids) - 1))
         if last == 0:
             return torch.zeros(0)
-        if getattr(self.scorer.model, "_is_stateful", False):
-            known = 0  # a recurrent state cannot be cut
-            self._cache = OwnCache(config=self.scorer.model.config)
-        elif known == 0:
-            self._cache = OwnCache()
-        elif known < len(self._read):
-            self._cache.crop(known - len(self._read))  # a negative number says how many tokens go
-        device = self.scorer.model.device
-        fed = torch.tensor([ids[known:]], device=device)
-        nats = torch.zeros(0)
-        if len(ids) - known > 1:
-            states = self.scorer.states(input_ids=fed[:, :-1], past_key_values=self._cache, use_cache=True)[0]
-            wanted = min(last, len(ids) - known - 1)
-            nats = self.scorer.nats(states[-wanted:], fed[0, -wanted:]).float().cpu()
-        self._read = ids[:-1]
-        if len(nats) < last:  # only the very first token is left without a prediction
-            blind = math.log(self.scorer.model.get_output_embeddings().weight.shape[0])
-            nats = torch.cat([torch.full((last - len(nats),), blind), nats])
-        return nats
+        if self.first is not None:
+            ids = [self.first, *ids]
+        same = 0 if getattr(self.scorer.model, "_is_stateful", False) else _common(self._ids, ids)
+        nats = torch.full((len(ids),), torch.nan)
+        nats[0] = math.log(self.scorer.model.get_output_embeddings().weight.shape[0])  # nothing predicts the very first
+        nats[:same] = self._nats[:same]
+        unknown = nats[-last:].isnan().nonzero()
+        if len(unknown):
+            self._read(ids, nats, same, len(ids) - last + int(unknown[0]))
+        return nats[-last:]
+
+    def _read(self, ids: list[int], nats: Tensor, same: int, first: int) -> None:
+        """Score the ids from ``first`` on; ``same`` of them were there before."""
+        # The token before the first that is asked for has to be read again: its state is what predicts.
+        known = min(self._cached, same, first - 1)
+        if known == 0:
+            stateful = getattr(self.scorer.model, "_is_stateful", False)  # a recurrent state cannot be cut
+            self._cache = OwnCache(config=self.scorer.model.config) if stateful else OwnCache()
+        elif known < self._cached:
+            self._cache.crop(known - self._cached)  # a negative number says how many tokens go
+        fed = torch.tensor([ids[known:]], device=self.scorer.model.device)
+        states = self.scorer.states(input_ids=fed[:, :-1], past_key_values=self._cache, use_cache=True)[0]
+        wanted = len(ids) - first
+        nats[first:] = self.scorer.nats(states[-wanted:], fed[0, -wanted:]).float().cpu()
+        self._ids, self._nats, self._cached = ids, nats, len(ids) - 1
 
     def _shortened(self, ids: list[int], fixed: int) -> list[int]:
         room = None if self.limit is None else self.limit - (self.first is not None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from ..core.errors import ThriftError
 from ..ops.tokens import Span, encode, token_spans
@@ -150,27 +150,36 @@ class Scorer:
         return logits
 
     def nats(self, states: Tensor, targets: Tensor) -> Tensor:
-        """``-ln p`` of each target given its state; only so many logits at a time as :data:`LOGITS` allows."""
+        """``-ln p`` of each target given its state; no more logits at a time than :data:`LOGITS`."""
         if self._head is None:
             return cross_entropy(states.float(), targets, reduction="none")
-        step = max(1, LOGITS // self._head.weight.shape[0])
+        weight, bias = self._head.weight, self._head.bias
+        # By parts of the vocabulary: those logits are still in the processor's cache when their exponents are summed.
+        size = max(64, LOGITS["cpu" if states.device.type == "cpu" else "accelerator"] // max(len(states), 1))
         parts = [
-            cross_entropy(self._head(h).float(), t, reduction="none")
-            for h, t in zip(torch.split(states, step), torch.split(targets, step), strict=True)
+            linear(states, w, None if bias is None else bias[i * size : (i + 1) * size]).float().logsumexp(-1)
+            for i, w in enumerate(torch.split(weight, size))
         ]
-        return torch.cat(parts) if parts else targets.new_empty(0, dtype=torch.float32)
+        own = (states.float() * weight[targets].float()).sum(-1)
+        own = own if bias is None else own + bias[targets].float()
+        return (torch.stack(parts).logsumexp(0) - own).clamp(min=0)
 
-    def reading(self, start: bool = True) -> Reading:
-        """Reads one text step by step, with a cache; with ``start`` behind the token that starts documents."""
+    def reading(self, start: bool = True, known: tuple[Sequence[int], Tensor] | None = None) -> Reading:
+        """Reads one text step by step, with a cache; with ``start`` behind the token that starts documents.
+
+        Args:
+            known: ids and their scores, which such a reading gave: see :class:`~tokenthrift.models.reading.Reading`.
+        """
         from .reading import Reading
 
-        return Reading(self, self.prefix if start else None)
+        return Reading(self, self.prefix if start else None, known)
 
     @cached_property
     def _head(self) -> Any:
         """The output head, if logits are nothing but the head of the hidden states; else (scaled, capped) None."""
         head, body = self.model.get_output_embeddings(), self.model.base_model
-        if body is self.model:
+        plain_linear = type(head) is torch.nn.Linear and not hasattr(head, "_hf_hook")  # its weight is all there is
+        if body is self.model or not plain_linear:
             return None
         probe = torch.arange(4, device=self.model.device).unsqueeze(0) % head.weight.shape[0]
         logits = self._logits(input_ids=probe, use_cache=False)
@@ -188,8 +197,8 @@ def document_start(tokenizer: Any) -> int | None:
     return next((i for i in (named, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
 
 
-LOGITS = 2**24
-"""Logits that exist at once: 64 MB in float32."""
+LOGITS = {"cpu": 2**20, "accelerator": 2**24}
+"""Logits that exist at once: 4 MB in float32 on a CPU, which its cache holds, or else 64 MB."""
 
 
 class Embedder:

@@ -25,7 +25,7 @@ def margins(ids: Sequence[int], rates: Sequence[float], units: Sequence[int], si
         ids: the tokens of the text.
         rates: the share to keep around each token; tokens with 1 are always kept, and count for no threshold.
         units: the unit of each token, ascending.
-        size: tokens of a segment; its last unit is never cut.
+        size: tokens of a segment; its last unit is never cut, and the last segment has up to half as many more.
         surprise: the scores of the last tokens of a text.
     """
     out = torch.empty(len(ids))
@@ -33,7 +33,9 @@ def margins(ids: Sequence[int], rates: Sequence[float], units: Sequence[int], si
     kept: list[int] = []
     start = 0
     while start < len(ids):
-        end = min(start + size, len(ids))
+        end = start + size
+        if len(ids) - end < size // 2:  # a rest would cost reading all that was kept once more
+            end = len(ids)
         while end < len(ids) and units[end] == units[end - 1]:
             end += 1
         segment = list(ids[start:end])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.budget import Budget
@@ -58,13 +58,12 @@ class LLMLingua:
 
     def reduce(self, view: View) -> TokenMap:
         documents = split_documents(view.text, self.separator)
-        ranking = list(range(len(documents)))
-        if len(documents) > 1:
-            ranking = by_perplexity(view, documents, self.compat == "llmlingua")
-        if self.compat == "llmlingua":
-            reading = view.scorer.reading(start=False)
-            return as_the_authors(view, self, documents, ranking, "original", 0.0, reading.surprise)
-        return coarse_to_fine(view, self, documents, ranking, "original", 0.0, view.scorer.reading().surprise)
+        exact = self.compat == "llmlingua"
+        ranking, scored = by_perplexity(view, documents, exact)
+        if exact:
+            surprise = view.scorer.reading(start=False).surprise
+            return as_the_authors(view, self, documents, ranking, "original", 0.0, surprise)
+        return coarse_to_fine(view, self, documents, ranking, "original", 0.0, scored)
 
 
 def check(method: Any, name: str) -> None:
@@ -77,16 +76,35 @@ def check(method: Any, name: str) -> None:
         raise ThriftError(f"{name} needs size of at least 2 and spare of at least 0")
 
 
-def by_perplexity(view: View, documents: Sequence[Span], exact: bool = False) -> list[int]:
-    """The documents, the one that the scorer finds hardest to guess first; ``exact``: without their first tokens."""
+def by_perplexity(
+    view: View, documents: Sequence[Span], exact: bool = False
+) -> tuple[list[int], Callable[[int], Surprise]]:
+    """The documents, the one first that the scorer finds hardest to guess, and what scores a text that begins with one.
+
+    Args:
+        exact: as in the authors' code, nothing stands before a document, and its first token is not counted.
+    """
     scorer = view.scorer
+    if len(documents) < 2:
+        return [0], lambda _: scorer.reading(start=not exact).surprise
     encoded = encode(scorer.tokenizer, [view.text[start:end] for start, end in documents])
     nats = [scorer.reading(start=not exact).surprise(ids, len(ids) - exact) for ids, _ in encoded]
-    return sorted(range(len(documents)), key=lambda i: -float(nats[i].mean()))
+
+    def scored(first: int) -> Surprise:
+        known = (encoded[first][0], nats[first])
+        return scorer.reading(known=known if len(known[0]) == len(known[1]) else None).surprise
+
+    return sorted(range(len(documents)), key=lambda i: -float(nats[i].mean())), scored
 
 
 def coarse_to_fine(
-    view: View, method: Any, documents: list[Span], ranking: list[int], order: str, spread: float, surprise: Surprise
+    view: View,
+    method: Any,
+    documents: list[Span],
+    ranking: list[int],
+    order: str,
+    spread: float,
+    surprise: Callable[[int], Surprise],
 ) -> TokenMap:
     """Documents from the ranking, then units of them within the budget.
 
@@ -95,7 +113,7 @@ def coarse_to_fine(
         ranking: the documents, best first.
         order: of the documents in the result, see :func:`~tokenthrift.text.documents.arranged`.
         spread: how much more than average the best document keeps, and the worst less.
-        surprise: what makes a token worth keeping.
+        surprise: given the document that is read first, what makes a token worth keeping.
     """
     text, tokenizer, scorer = view.text, view.tokenizer, view.scorer
     total = count_tokens(tokenizer, text)
@@ -115,12 +133,15 @@ def coarse_to_fine(
     changes = rate_changes(used, spread)
     base = wanted / max(sum(len(inside[i]) for i in used), 1)
     share = {i: max(0.0, min(1.0, base + changes[i])) for i in used}
-    read = [token for i in arranged(used, order) for token in inside[i]]
+    chosen = arranged(used, order)
+    read = [token for i in chosen for token in inside[i]]
+    while len(read) > 1 and units.gap[unit_of[read[0]]]:
+        read = read[1:]  # what separates the first document from those left out
     rates = [1.0 if units.gap[unit_of[t]] else share[units.document[unit_of[t]]] for t in read]
 
     limit = scorer.reading().limit
     size = method.size if limit is None else max(2, min(method.size, limit // 4))
-    told = _telling(surprise, scorer.progress, len(read))
+    told = _telling(surprise(chosen[0]), scorer.progress, len(read))
     margin = margins([ids[t] for t in read], rates, [unit_of[t] for t in read], size, told)
 
     place = {document: rank for rank, document in enumerate(ranking)}
@@ -133,7 +154,7 @@ def coarse_to_fine(
         if unit not in ends_here and not units.gap[unit + 1]:
             scores[unit] = scores[unit + 1]  # no token ends in it: a token of the next unit begins here
     _score_gaps(units, scores)
-    return _selected(view, method, units, scores, documents, arranged(used, order) if order != "original" else None)
+    return _selected(view, method, units, scores, documents, chosen if order != "original" else None)
 
 
 def _telling(surprise: Surprise, progress: Any, total: int) -> Surprise:

@@ -9,7 +9,6 @@ from ..core.method import method
 from ..core.view import View
 from ..ops.tokens import Span, encode
 from .documents import split_documents
-from .iterative import Surprise
 from .llmlingua import as_the_authors, by_perplexity, check, coarse_to_fine
 
 if TYPE_CHECKING:
@@ -65,9 +64,10 @@ class LongLLMLingua:
     def reduce(self, view: View) -> TokenMap:
         documents = split_documents(view.text, self.separator)
         exact = self.compat == "llmlingua"
-        ranking = [0]
-        if len(documents) > 1:
-            ranking = (by_question if view.question else by_perplexity)(view, documents, exact)
+        if view.question:
+            ranking = by_question(view, documents, exact)
+        else:
+            ranking, scored = by_perplexity(view, documents, exact)
         alone = view.scorer.reading(start=not exact)
         asked = view.scorer.reading(start=not exact)
         if exact:
@@ -76,13 +76,14 @@ class LongLLMLingua:
             )
             return as_the_authors(view, self, documents, ranking, self.order, self.spread, asked.surprise, **both)
 
-        question = _prefix(view, alone.limit) if view.question else []
+        if not view.question:
+            return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, scored)
+        question = _prefix(view, alone.limit)
 
         def contrast(ids: list[int], last: int) -> Any:
             return alone.surprise(ids, last) - asked.surprise([*question, *ids], last, fixed=len(question))
 
-        score: Surprise = contrast if question else alone.surprise
-        return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, score)
+        return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, lambda _: contrast)
 
 
 def by_question(view: View, documents: list[Span], exact: bool = False) -> list[int]:
@@ -92,6 +93,8 @@ def by_question(view: View, documents: list[Span], exact: bool = False) -> list[
         exact: as in the authors' code, nothing stands before a document.
     """
     scorer, asked = view.scorer, view.question + ANSWERABLE
+    if len(documents) < 2:
+        return [0]
     pieces = [view.text[start:end] for start, end in documents]
     encoded = encode(scorer.tokenizer, [piece + asked for piece in pieces])
     surprise = []
