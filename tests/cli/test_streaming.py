@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from tokenthrift.cli.streaming import DraftStreamer
-from tokenthrift.decoding.draft import Draft
+from tokenthrift.core.draft import Draft
 from tokenthrift.decoding.verify import Verdict
 
 from ..bench.tiny import tiny_tokenizer

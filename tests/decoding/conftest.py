@@ -24,7 +24,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from tokenthrift.decoding.draft import Draft
+from tokenthrift.core.draft import Draft
 from tokenthrift.decoding.engine import speculate
 from tokenthrift.decoding.protocols import each_row
 

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenthrift as tt
+from tokenthrift.core.draft import Draft
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.decoding.draft import Draft
 from tokenthrift.decoding.early_exit import Acceptance, Confidence, ExitDrafters, best_exit, tokens_per_layer
 from tokenthrift.decoding.protocols import Request
 from tokenthrift.models.depth import Depth

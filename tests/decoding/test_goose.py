@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tokenthrift.core.draft import Draft
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.decoding.draft import Draft
 from tokenthrift.decoding.goose import Goose, GooseDrafter
 from tokenthrift.decoding.protocols import _shared
 from tokenthrift.decoding.spine import Copies, Successors

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tokenthrift.decoding.draft import NOTHING, Draft
+from tokenthrift.core.draft import NOTHING, Draft
 from tokenthrift.decoding.planner import Planner, StepTimes
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tokenthrift.core.draft import Drawn
 from tokenthrift.core.errors import ThriftError
 from tokenthrift.decoding import rules
-from tokenthrift.decoding.draft import Drawn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoding"
 

@@ -11,8 +11,8 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
+from tokenthrift.core.draft import ROOT, Draft
 from tokenthrift.core.errors import ThriftError
-from tokenthrift.decoding.draft import ROOT, Draft
 from tokenthrift.decoding.draft_model import DraftModel
 from tokenthrift.decoding.dyspec import DySpec
 from tokenthrift.decoding.growing import Tree, Trust, pick

@@ -10,7 +10,7 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-from tokenthrift.decoding.draft import Draft
+from tokenthrift.core.draft import Draft
 from tokenthrift.decoding.verify import Stopper, Text, Verifier
 
 DRAFT = [2, 0, 5]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from tokenthrift.decoding.draft import Draft
+from tokenthrift.core.draft import Draft
 from tokenthrift.models.packed import PackedCache, Step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "decoding" / "eqspec_realign.npz"

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..decoding.draft import ROOT, Draft
+from ..core.draft import ROOT, Draft
 from ..decoding.verify import Verdict
 
 STYLES = ("green", "cyan", "magenta", "yellow", "blue")

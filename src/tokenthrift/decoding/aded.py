@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..core.draft import NOTHING, ROOT, Draft
 from ..core.errors import ThriftError
 from ..core.method import method
 from .chances import HOPELESS, Calibration, whole
-from .draft import NOTHING, ROOT, Draft
 from .protocols import Request
 from .tree_search import search
 from .trigrams import WINDOW, Trigrams, corpus_of

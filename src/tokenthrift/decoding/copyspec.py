@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.draft import NOTHING, Draft
 from ..core.method import method
 from .chances import Trust, whole
-from .draft import NOTHING, Draft
 from .protocols import Request
 
 _PRIME, _BASE = (1 << 61) - 1, 0x0F5A_17C3_8E2B_94D1  # of the rolling hash

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..core.draft import ROOT
 from ..core.method import method
-from .draft import ROOT
 from .from_model import FromModel
 from .growing import Growth, Tree
 from .rules import rule_of

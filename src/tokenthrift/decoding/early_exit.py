@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.draft import NOTHING, Draft
 from ..core.errors import ThriftError
 from ..models.depth import Depth
 from ..models.packed import Step, packed_attention
 from .chances import SURE
-from .draft import NOTHING, Draft
 from .protocols import Request
 from .runners import PackedRunner
 

@@ -14,8 +14,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..core.draft import NOTHING, Draft
 from ..core.errors import ThriftError
-from .draft import NOTHING, Draft
 from .planner import Planner
 from .protocols import Drafters, Request, Start
 from .rules import rule_of

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.draft import NOTHING, ROOT, Draft
 from ..core.errors import ThriftError
 from ..models.decoder import context_length
 from ..models.drafts import Given, as_draft, load_draft
 from .chances import whole
-from .draft import NOTHING, ROOT, Draft
 from .growing import Growth, Tree, Trust
 from .model_text import ModelText
 from .protocols import Request

@@ -7,9 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
+from ..core.draft import NOTHING, ROOT, Draft
 from ..core.method import method
 from .chances import Trust, whole
-from .draft import NOTHING, ROOT, Draft
 from .protocols import Request
 from .spine import Copies, Successors
 from .spine_tree import FAR, grow

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..core.draft import ROOT, Draft, Drawn
 from .chances import SURE
-from .draft import ROOT, Draft, Drawn
 
 Growth: TypeAlias = Generator[list[int], Tensor, None]
 """Yields nodes, parents first and each once, and is sent the laws ``(nodes, vocabulary)`` of what follows them."""
@@ -47,7 +47,7 @@ class Tree:
         sample: whether guesses are drawn, so that a rule can undo what they were drawn from; else the likeliest are
             taken.
         worth: a node is worth asking the draft model about if its chance exceeds this.
-        tokens, parents, chances, drawn: as in :class:`~tokenthrift.decoding.draft.Draft`.
+        tokens, parents, chances, drawn: as in :class:`~tokenthrift.core.draft.Draft`.
         said: of every node, the draft model's probability.
     """
 

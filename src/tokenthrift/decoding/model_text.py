@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..core.draft import ROOT, Draft
 from ..core.errors import ThriftError
 from ..models.decoder import find_attentions
 from ..models.packed import can_pack
-from .draft import ROOT, Draft
 from .growing import Tree
 from .runners import PackedRunner
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .draft import NOTHING, Draft
+from ..core.draft import NOTHING, Draft
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Numbers of tokens in a forward whose times are kept apart; between them times are interpolated."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.draft import NOTHING, Draft
 from ..core.errors import ThriftError
 from ..core.method import method
 from .chances import Trust, whole
-from .draft import NOTHING, Draft
 from .protocols import Request
 
 _MULTIPLIER, _MASK = 0x1F3A_8B2D_6E49_C75B, (1 << 61) - 1  # of the rolling hash; any large odd number will do

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .draft import NOTHING, Draft
+from ..core.draft import NOTHING, Draft
 
 T = TypeVar("T")
 

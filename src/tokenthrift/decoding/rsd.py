@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.draft import ROOT
 from ..core.errors import ThriftError
 from ..core.method import method
-from .draft import ROOT
 from .from_model import FromModel
 from .growing import Growth, Tree, pick
 

@@ -1,7 +1,7 @@
 """Rules: which token stands after a node of the draft, given the model's distribution there.
 
 A rule is exact if the token that it returns has the model's own law, whatever the draft was, as long as the draft's
-laws in :class:`~tokenthrift.decoding.draft.Drawn` are true.
+laws in :class:`~tokenthrift.core.draft.Drawn` are true.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..core.draft import Drawn
 from ..core.errors import ThriftError, did_you_mean
-from .draft import Drawn
 
 Rule = Callable[[Tensor, Sequence[int], Drawn | None], int]
 """From the model's law ``(vocabulary,)``, the tokens guessed, and what they were drawn from, to a token. A token that

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import QuantizedCache
 
+from ..core.draft import Draft
 from ..core.errors import ThriftError
 from ..models.decoder import find_attentions
 from ..models.depth import watching
 from ..models.packed import PackedCache, Step, can_pack, packed_attention
-from .draft import Draft
 
 
 class Runner(Protocol):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.draft import ROOT
 from ..core.errors import ThriftError
 from ..core.method import method
-from .draft import ROOT
 from .from_model import FromModel
 from .growing import Growth, Tree, pick
 from .static_trees import best_tree, levels_of

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
+from ..core.draft import ROOT
 from ..core.method import method
-from .draft import ROOT
 from .from_model import FromModel
 from .growing import Growth, Tree
 

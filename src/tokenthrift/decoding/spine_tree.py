@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from math import ceil
 
-from .draft import ROOT
+from ..core.draft import ROOT
 from .spine import Successors
 
 FAR = 100

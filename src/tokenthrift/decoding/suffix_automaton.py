@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.draft import NOTHING, Draft
 from ..core.method import method
 from .chances import Trust, whole
-from .draft import NOTHING, Draft
 from .protocols import Request
 
 _LONGEST = 16  # matches from here on are trusted alike

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..core.draft import ROOT, Draft
 from ..core.errors import ThriftError
 from ..core.method import method
 from .chances import HOPELESS
-from .draft import ROOT, Draft
 from .protocols import Request
 from .static_trees import best_tree, levels_of
 

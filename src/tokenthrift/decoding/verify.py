@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from .draft import ROOT, Draft
+from ..core.draft import ROOT, Draft
 from .rules import LOSSY, RULES, Rule, sample
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..decoding.draft import ROOT, Draft
+from ..core.draft import ROOT, Draft
 from .attention import Watcher, watching_instead
 from .decoder import find_attentions
 from .packed import PackedCache, Step, can_pack, packed_attention

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..decoding.draft import Draft
+from ..core.draft import Draft
 from .attention import BASES, PREFIX, answered_by, is_replaced
 from .connector_cache import ConnectorCache
 from .kv import ReducedLayer, biased
