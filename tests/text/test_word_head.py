@@ -7,6 +7,7 @@ import math
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from tokenthrift.models.word_head import (
 )
 from tokenthrift.text.runtime import compress_text
 from tokenthrift.text.spans import words
-from tokenthrift.text.word_head import WordHeadMethod
+from tokenthrift.text.word_head import WordHeadMethod, spread
 
 from .tiny import PROSE, scorer, tokenizer, word_scorer
 
@@ -95,7 +96,9 @@ def test_the_words_of_most_worth_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
     judge = word_scorer()
     liked = {"Lisbon", "porter", "answer"}
     monkeypatch.setattr(judge, "worth", lambda text, units: [(float(text[a:b].strip() in liked), 1) for a, b in units])
-    out = compress_text([WordHeadMethod(rate=0.2, level="word", tail=0, model=judge)], PROSE, None, tokenizer())
+    out = compress_text(
+        [WordHeadMethod(rate=0.2, level="word", smooth=0, tail=0, model=judge)], PROSE, None, tokenizer()
+    )
     assert liked <= set(out.text.replace(".", " ").split())
 
 
@@ -103,10 +106,35 @@ def test_a_phrase_is_worth_the_mean_over_its_tokens(monkeypatch: pytest.MonkeyPa
     judge, text = word_scorer(), "the old roof fell"
     worth = [(1.0, 1), (2.0, 3), (4.0, 1), (9.0, 2)]
     monkeypatch.setattr(judge, "worth", lambda *_: worth)
-    method = WordHeadMethod(model=judge)
+    method = WordHeadMethod(level="phrase", smooth=0, model=judge)
     assert method.of_units(text, [(0, 12), (12, 17)], judge) == [pytest.approx(11 / 5), 9.0]
     monkeypatch.setattr(judge, "worth", lambda *_: [*worth[:3], (0.0, 0)])
     assert method.of_units(text, [(0, 12), (12, 17)], judge) == [pytest.approx(11 / 5), float("inf")]
+
+
+def test_worth_is_spread_over_the_words_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, text = word_scorer(), " ".join(["word"] * 30)
+    units = words(text)
+    monkeypatch.setattr(judge, "worth", lambda *_: [(float(i == 15), 1) for i in range(30)])
+    sharp = WordHeadMethod(smooth=0, model=judge).of_units(text, units, judge)
+    assert sharp == [float(i == 15) for i in range(30)]
+    soft = WordHeadMethod(smooth=2, model=judge).of_units(text, units, judge)
+    assert soft[13] / soft[15] == pytest.approx(math.exp(-0.5))
+    assert soft.index(max(soft)) == 15
+    monkeypatch.setattr(judge, "worth", lambda *_: [(3.0, 2)] * 30)
+    assert WordHeadMethod(model=judge).of_units(text, units, judge) == [pytest.approx(3.0)] * 30, "at the ends too"
+
+
+@pytest.mark.parametrize("smooth", [-1, math.nan, math.inf])
+def test_no_such_spread(smooth: float) -> None:
+    with pytest.raises(ThriftError, match="is no number of words"):
+        WordHeadMethod(smooth=smooth)
+
+
+def test_spreading_over_more_words_than_there_are() -> None:
+    first, second = spread(np.array([1.0, 2.0]), 100.0)
+    assert first == pytest.approx(second, rel=1e-3)
+    assert spread(np.zeros(0), 5.0).tolist() == []
 
 
 def test_the_tail_is_a_share_of_the_budget_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +143,7 @@ def test_the_tail_is_a_share_of_the_budget_at_the_end(monkeypatch: pytest.Monkey
     monkeypatch.setattr(judge, "worth", lambda text, units: [(float(-i), 1) for i in range(len(units))])
     kept = {}
     for tail in (0, 0.2, 1):
-        method = WordHeadMethod(rate=0.4, level="word", tail=tail, model=judge)
+        method = WordHeadMethod(rate=0.4, level="word", smooth=0, tail=tail, model=judge)
         kept[tail] = compress_text([method], text, None, tokenizer()).kept
     assert [a for a, _ in kept[0]] == [0]  # the first are worth most
     start, end = kept[0.2][-1]
@@ -201,11 +229,11 @@ def test_the_shipped_head_tells_what_matters_from_what_does_not() -> None:
         "was leaking again. It was agreed that the invoices of the supplier Kowalski should be paid by Thursday."
     )
     counts = tt.load("minilm-l6")[1]
-    out = tt.compress(text, "word_head", rate=0.4, tokenizer=counts, protect="none", level="word", tail=0)
+    out = tt.compress(text, "word_head", rate=0.4, tokenizer=counts, protect="none", level="word", smooth=0, tail=0)
     kept = set(out.text.split())
     assert {"Valparaiso", "invoices", "supplier", "leaking"} <= kept
     assert not kept & {"of", "the", "was", "that", "to", ",", "."}
-    again = tt.compress([text, text], "word_head", rate=0.4, tokenizer=counts, protect="none")
+    again = tt.compress([text, text], "word_head", rate=0.4, tokenizer=counts, protect="none", tail=0.3)
     assert again[0].kept == again[1].kept
     assert again[0].text.endswith("Thursday.")  # the tail
 

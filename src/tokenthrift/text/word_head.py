@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError, did_you_mean
@@ -18,6 +22,7 @@ from .selection import best_within, collecting, keeps_all
 from .spans import join, phrases, spans_to_map, words
 
 LEVELS = {"word": words, "phrase": phrases}
+Array = NDArray[np.float64]
 
 
 @method("word_head", stage="text", paper="Tokenthrift's own", needs=("text", "tokenizer"), status="partial")
@@ -27,11 +32,14 @@ class WordHeadMethod:
     The head was trained, with the encoder frozen, on what SmolLM2-135M says of real text (``training/word_head``): how
     hard each word is to guess from what stands before it, and how much worse what follows is guessed once the word has
     been taken out. A word's worth is the weighted sum of both, in nats a token, so that what costs many tokens must be
-    worth as much. No language model is run. It is the library's own: there is no paper and no authors' code.
+    worth as much. Worth is then spread over the words around, so that runs of words stay rather than single ones, and
+    with them answers of several words. No language model is run. It is the library's own: there is no paper and no
+    authors' code.
 
     Attributes:
         rate: share of the tokens to keep, in (0, 1]; an int is a number of tokens.
         level: what is dropped as a whole: a ``word``, or a ``phrase``, whose worth is the mean over its tokens.
+        smooth: standard deviation of the Gaussian by which worth is spread, in phrases (or words); 0 = not at all.
         tail: share of the budget for the last words, which a model goes on from; not where a text is read in chunks.
         model: the folder of a head that was trained by ``training/word_head``, or a ``WordScorer``; None = the head
             that comes with the library, on the minilm-l6 pack.
@@ -42,6 +50,7 @@ class WordHeadMethod:
 
     rate: float = 0.5
     level: str = "phrase"
+    smooth: float = 2.0
     tail: float = 0.1
     model: Any = None
 
@@ -49,6 +58,10 @@ class WordHeadMethod:
         Budget.of(self.rate)
         if self.level not in LEVELS:
             raise ThriftError(f"word_head has no level '{self.level}': {did_you_mean(str(self.level), LEVELS)}")
+        if not (0 <= self.smooth < math.inf):
+            raise ThriftError(
+                f"word_head smooth {self.smooth} is no number of words: 2 is the default, 0 spreads nothing"
+            )
         if not 0 <= self.tail <= 1:
             raise ThriftError(f"word_head tail {self.tail} is outside [0, 1]: 0.1 is a tenth of the budget, 0 nothing")
         if isinstance(self.model, PathLike):
@@ -70,16 +83,16 @@ class WordHeadMethod:
         return spans_to_map(best_within(text, units, scores, self.rate, view.tokenizer), len(text))
 
     def of_units(self, text: str, units: Sequence[Span], judge: WordScorer) -> list[float]:
-        """The worth of each unit: the mean over the tokens of its words."""
+        """The worth of each unit: the mean over the tokens of its words, and of those around it."""
         each = words(text)
         ends = [end for _, end in units]
-        nats, tokens = [0.0] * len(units), [0] * len(units)
+        nats, tokens = np.zeros(len(units)), np.zeros(len(units))
         for (_, end), (worth, count) in zip(each, judge.worth(text, each), strict=True):
             unit = bisect_right(ends, end - 1)
             nats[unit] += worth * count
             tokens[unit] += count
-        # What has no token for the encoder costs next to nothing.
-        return [n / t if t else float("inf") for n, t in zip(nats, tokens, strict=True)]
+        mean = spread(nats, self.smooth) / np.maximum(spread(tokens, self.smooth), 1e-9)
+        return [float(m) if t else math.inf for m, t in zip(mean, tokens, strict=True)]  # inf: it costs next to nothing
 
     def last(self, text: str, units: Sequence[Span], tokenizer: Any) -> int:
         """How many units at the end have the share of the budget that is theirs."""
@@ -93,6 +106,15 @@ class WordHeadMethod:
                 break
             count += 1
         return count
+
+
+def spread(values: Array, deviation: float) -> Array:
+    """Each value shared out to its neighbours by a Gaussian, ``(n,)`` to ``(n,)``; what leaves at the ends is lost."""
+    if not deviation or not len(values):
+        return values
+    reach = min(math.ceil(4 * deviation), len(values))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
+    return np.convolve(values, kernel / kernel.sum())[reach : reach + len(values)]
 
 
 LONGEST = 24
