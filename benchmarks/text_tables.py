@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenthrift.bench.facts import KINDS
+from tokenthrift.bench.metrics import share_interval
 from tokenthrift.bench.store import Store
 from tokenthrift.core.method import find
 
@@ -84,12 +85,9 @@ def share(row: Row, policy: str, kind: str | None = None) -> float:
     return statistics.mean(hits) if hits else float("nan")
 
 
-def interval(values: Sequence[int], about: Sequence[int], draws: int = 2000) -> tuple[float, float]:
+def interval(values: Sequence[int], about: Sequence[int]) -> tuple[float, float]:
     """Of the mean, by bootstrap over passages: questions about one passage are not independent."""
-    sums, counts = np.bincount(about, values), np.bincount(about)
-    drawn = np.random.default_rng(0).integers(0, len(counts), (draws, len(counts)))
-    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+    return share_interval(np.bincount(about, values), np.bincount(about))
 
 
 def against(methods: Sequence[str], rate: float, rows: dict[str, Row]) -> str:

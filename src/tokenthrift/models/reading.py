@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,8 +34,10 @@ class Reading:
     def __init__(self, scorer: Scorer, first: int | None, known: tuple[Sequence[int], Tensor] | None = None) -> None:
         self.scorer = scorer
         self.first = first
+        self._stateful = getattr(scorer.model, "_is_stateful", False)  # a recurrent state cannot be cut
         # A cache without the model's config keeps every token, in layers with a sliding window too: it can be cut.
-        self._cache = OwnCache()
+        self._new_cache = partial(OwnCache, config=scorer.model.config) if self._stateful else OwnCache
+        self._cache = self._new_cache()
         ids, nats = ([], torch.zeros(0)) if known is None else known
         # What was read last, and what is known of each of its ids: nan where nobody asked.
         self._ids = [*ids] if first is None else [first, *ids]
@@ -59,7 +62,7 @@ class Reading:
             return torch.zeros(0)
         if self.first is not None:
             ids = [self.first, *ids]
-        same = 0 if getattr(self.scorer.model, "_is_stateful", False) else _common(self._ids, ids)
+        same = 0 if self._stateful else _common(self._ids, ids)
         nats = torch.full((len(ids),), torch.nan)
         nats[0] = math.log(self.scorer.model.get_output_embeddings().weight.shape[0])  # nothing predicts the very first
         nats[:same] = self._nats[:same]
@@ -73,8 +76,7 @@ class Reading:
         # The token before the first that is asked for has to be read again: its state is what predicts.
         known = min(self._cached, same, first - 1)
         if known == 0:
-            stateful = getattr(self.scorer.model, "_is_stateful", False)  # a recurrent state cannot be cut
-            self._cache = OwnCache(config=self.scorer.model.config) if stateful else OwnCache()
+            self._cache = self._new_cache()
         elif known < self._cached:
             self._cache.crop(known - self._cached)  # a negative number says how many tokens go
         fed = torch.tensor([ids[known:]], device=self.scorer.model.device)

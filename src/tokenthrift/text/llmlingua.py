@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.budget import Budget
 from ..core.errors import ThriftError, did_you_mean
@@ -52,6 +52,8 @@ class LLMLingua:
     separator: str = ""
     spare: int = 100
     compat: str = "budget"
+    order: ClassVar[str] = "original"
+    spread: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         check(self, "llmlingua")
@@ -62,8 +64,8 @@ class LLMLingua:
         ranking, scored = by_perplexity(view, documents, exact)
         if exact:
             surprise = view.scorer.reading(start=False).surprise
-            return as_the_authors(view, self, documents, ranking, "original", 0.0, surprise)
-        return coarse_to_fine(view, self, documents, ranking, "original", 0.0, scored)
+            return as_the_authors(view, self, documents, ranking, surprise)
+        return coarse_to_fine(view, self, documents, ranking, scored)
 
 
 def check(method: Any, name: str) -> None:
@@ -98,21 +100,15 @@ def by_perplexity(
 
 
 def coarse_to_fine(
-    view: View,
-    method: Any,
-    documents: list[Span],
-    ranking: list[int],
-    order: str,
-    spread: float,
-    surprise: Callable[[int], Surprise],
+    view: View, method: Any, documents: list[Span], ranking: list[int], surprise: Callable[[int], Surprise]
 ) -> TokenMap:
     """Documents from the ranking, then units of them within the budget.
 
     Args:
-        method: its ``rate``, ``level``, ``size`` and ``spare`` are used.
+        method: its ``rate``, ``level``, ``size`` and ``spare`` are used; its ``order`` of the documents in the result,
+            see :func:`~tokenthrift.text.documents.arranged`; and its ``spread``, how much more than average the best
+            document keeps, and the worst less.
         ranking: the documents, best first.
-        order: of the documents in the result, see :func:`~tokenthrift.text.documents.arranged`.
-        spread: how much more than average the best document keeps, and the worst less.
         surprise: given the document that is read first, what makes a token worth keeping.
     """
     text, tokenizer, scorer = view.text, view.tokenizer, view.scorer
@@ -130,10 +126,10 @@ def coarse_to_fine(
 
     wanted = target / total * len(ids)
     used = within_budget([len(tokens) for tokens in inside], ranking, wanted, method.spare)
-    changes = rate_changes(used, spread)
+    changes = rate_changes(used, method.spread)
     base = wanted / max(sum(len(inside[i]) for i in used), 1)
     share = {i: max(0.0, min(1.0, base + changes[i])) for i in used}
-    chosen = arranged(used, order)
+    chosen = arranged(used, method.order)
     read = [token for i in chosen for token in inside[i]]
     while len(read) > 1 and units.gap[unit_of[read[0]]]:
         read = read[1:]  # what separates the first document from those left out
@@ -154,7 +150,7 @@ def coarse_to_fine(
         if unit not in ends_here and not units.gap[unit + 1]:
             scores[unit] = scores[unit + 1]  # no token ends in it: a token of the next unit begins here
     _score_gaps(units, scores)
-    return _selected(view, method, units, scores, documents, chosen if order != "original" else None)
+    return _selected(view, method, units, scores, documents, chosen if method.order != "original" else None)
 
 
 def _telling(surprise: Surprise, progress: Any, total: int) -> Surprise:
@@ -210,8 +206,6 @@ def as_the_authors(
     method: Any,
     documents: list[Span],
     ranking: list[int],
-    order: str,
-    spread: float,
     surprise: Surprise,
     question: str = "",
     alone: Surprise | None = None,
@@ -222,8 +216,8 @@ def as_the_authors(
     budget = Budget.of(method.rate)
     target = budget.count if budget.count is not None else sum(lengths) * (budget.ratio or 1.0)
     used = within_budget(lengths, ranking, target, method.spare) if len(documents) > 1 else ranking
-    changes = rate_changes(used, spread) if len(documents) > 1 else {0: 0.0}
-    chosen = arranged(used, order)
+    changes = rate_changes(used, method.spread) if len(documents) > 1 else {0: 0.0}
+    chosen = arranged(used, method.order)
     everything = sorted([*documents, *gaps_between(documents)])
     pieces = reordered(everything, documents, chosen)
 

@@ -74,16 +74,16 @@ class LongLLMLingua:
             both: dict[str, Any] = (
                 {"question": f"{view.question}\n\n", "alone": alone.surprise} if view.question else {}
             )
-            return as_the_authors(view, self, documents, ranking, self.order, self.spread, asked.surprise, **both)
+            return as_the_authors(view, self, documents, ranking, asked.surprise, **both)
 
         if not view.question:
-            return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, scored)
+            return coarse_to_fine(view, self, documents, ranking, scored)
         question = _prefix(view, alone.limit)
 
         def contrast(ids: list[int], last: int) -> Any:
             return alone.surprise(ids, last) - asked.surprise([*question, *ids], last, fixed=len(question))
 
-        return coarse_to_fine(view, self, documents, ranking, self.order, self.spread, lambda _: contrast)
+        return coarse_to_fine(view, self, documents, ranking, lambda _: contrast)
 
 
 def by_question(view: View, documents: list[Span], exact: bool = False) -> list[int]:
