@@ -81,8 +81,8 @@ class TokenSelect:
     def _vote(self, view: View) -> Tensor:
         batch, kv_heads, n, dim = view.keys.shape
         between = view.keys[:, :, self.sinks : n - self.local]
-        # As the authors do, without the factor of attention: sharper votes.
-        logits = (view.queries.reshape(batch, kv_heads, -1, dim) @ between.mT).to(torch.float32)
+        # As the authors do, without the factor of attention: sharper votes. A CPU is faster with the long factor first.
+        logits = (between @ view.queries.reshape(batch, kv_heads, -1, dim).mT).mT.to(torch.float32).contiguous()
         candidates = None
         if view.mask is not None:
             candidates = (view.mask & ~self._fixed(view.mask))[:, self.sinks : n - self.local]
