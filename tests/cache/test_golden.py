@@ -121,6 +121,71 @@ def test_pyramid_budgets_equal_kvpress():
         assert pyramid.budgets(n, 4) == want, (n, ratio, window, beta)
 
 
+@pytest.fixture(scope="module")
+def factory():
+    """A layer's keys and values, and what the methods of KVCache-Factory (a head of scores for each key head) keep."""
+    data = {k: torch.tensor(v) for k, v in np.load(GOLDEN / "kvcachefactory.npz").items()}
+    queries, keys = data["queries"], data["keys"]
+
+    def view(layer):
+        return cache_view(queries, keys, data["values"], None, keys.shape[-1] ** -0.5, layer, 4)
+
+    return view, data
+
+
+def sorted_heads(x):
+    """The entries of each head by their first channel: ours keep the order of the text, theirs that of the scores."""
+    return torch.stack([head[head[:, 0].argsort()] for head in x.flatten(0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        ("snapkv_mean_avgpool", "snapkv(budget=32, window=8)"),
+        ("snapkv_max_avgpool", "snapkv(budget=32, window=8, group='max')"),
+        ("snapkv_merge_pivot", "snapkv(budget=32, window=8, merge='pivot')"),
+        ("snapkv_merge_weighted", "snapkv(budget=32, window=8, merge='weighted')"),
+        ("h2o", "h2o(budget=32, recent=0.25)"),
+        ("streaming", "streaming_llm(budget=28, sinks=4)"),
+        ("l2norm", "knorm(budget=32)"),
+    ],
+)
+def test_entries_equal_kvcache_factory(factory, case, plan):
+    view, data = factory
+    map = method(plan).reduce(view(0))
+    for name in ("keys", "values") if "merge" in case else ("keys",):
+        got, want = map.apply(data[name]), data[f"{case}_{name}"]
+        torch.testing.assert_close(sorted_heads(got), sorted_heads(want), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "plan", "group"),
+    [
+        ("snapkv_mean_maxpool", "snapkv(budget=32, window=8, pooling='max')", "mean"),
+        ("snapkv_max_maxpool", "snapkv(budget=32, window=8, group='max', pooling='max')", "max"),
+        *((f"pyramid_l{i}", "pyramid_kv(budget=32, window=8, pooling='max', apart=True)", "mean") for i in range(4)),
+    ],
+)
+def test_entries_pooled_by_maximum_are_as_good_as_kvcache_factory_s(factory, case, plan, group):
+    """Neighbours of a maximum tie, and sorting decides which of them stay: their scores are compared."""
+    view, data = factory
+    layer = int(case[-1]) if case.startswith("pyramid") else 0
+    map, keys = method(plan).reduce(view(layer)), data["keys"]
+    score = method(f"snapkv(budget=32, window=8, group='{group}', pooling='max')").score(view(layer))
+    theirs = (data[f"{case}_keys"].unsqueeze(3) == keys.unsqueeze(2)).all(-1).int().argmax(-1)
+    assert map.n_out == theirs.shape[-1]
+    got, want = (score.gather(-1, index).sort(-1).values for index in (map.source, theirs))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("concentration", [False, True])
+def test_head_lengths_of_ada_kv_equal_kvcache_factory(factory, concentration):
+    view, data = factory
+    base = "snapkv(window=8, kernel=7, pooling='max')"
+    map = method(f'ada_kv(budget=32, base="{base}", safe="mix", concentration={concentration})').reduce(view(0))
+    assert map.mask.sum(-1)[0].tolist() == data[f"adakv_norm{int(concentration)}_head_lens"].tolist()
+
+
 def test_h2o_keeps_what_the_authors_code_keeps():
     """FMInference/H2O after a prefill of 24 tokens, 6 heavy hitters and the last 10."""
     data = np.load(GOLDEN / "h2o_layerwise.npz")

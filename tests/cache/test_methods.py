@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenthrift as tt
-from cache_plans import EACH, EACH_EVICTING, plan
+from cache_plans import EACH, EACH_AND_VARIANTS, EACH_EVICTING, plan
 from tokenthrift.cache.tree_kv import tournament
 from tokenthrift.models.cache_stage import cache_view
 from tokenthrift.ops.rotary import Rotary
@@ -150,6 +150,44 @@ def test_ada_kv_gives_a_head_what_the_others_need_less():
         assert map.mask.sum(-1).tolist() == [counts]
 
 
+def test_ada_kv_may_deal_out_a_part_of_its_budget_evenly():
+    v = view(n=40)
+    v.keys[:, 1] *= 0.1  # the smallest keys are all in head 1
+    for safeguard, counts in ((0, [0, 20]), (0.25, [2, 17]), (1, [10, 10])):  # 20 * 0.75 + 2: what is left is rounded
+        plan = f"ada_kv(budget=10, base=knorm, safeguard={safeguard}, safe=mix)"
+        assert tt.Plan.parse(plan).at("cache")[0].reduce(v).mask.sum(-1).tolist() == [counts]
+
+
+def test_ada_kv_trusts_heads_whose_scores_are_concentrated():
+    """Both heads have as much attention to give; with its sum weighed, the one that spreads it out gets less."""
+    method = tt.Plan.parse("ada_kv(base='snapkv(window=2)', budget=6, concentration=True)").at("cache")[0]
+    scores = torch.tensor([[[0.4, 0.4, 0.1, 0.1, 2, 3], [0.25, 0.25, 0.25, 0.25, 2, 3]]])
+    weighed = method._weighed(scores, torch.tensor([2]), 2)
+    torch.testing.assert_close(weighed, scores * torch.tensor([[[0.8] * 4 + [1] * 2, [0.5] * 4 + [1] * 2]]))
+
+
+@pytest.mark.parametrize("how", ["weighted", "pivot"])
+def test_snapkv_may_merge_what_it_evicts_into_the_most_similar_kept(how):
+    v = view(n=40, batch=2, mask=left_padding(40, [0, 7]))
+    method = tt.Plan.parse(f"snapkv(budget=12, window=4, merge={how})").at("cache")[0]
+    map, kept = method.reduce(v), tt.Plan.parse("snapkv(budget=12, window=4)").at("cache")[0].reduce(v)
+    assert torch.equal(map.anchors, kept.anchors) and torch.equal(map.kept, v.mask[:, None].expand(-1, 2, -1))
+    torch.testing.assert_close(map.dense().sum(-1), torch.ones(2, 2, 12))
+    cosine = torch.nn.functional.cosine_similarity(v.keys[:, :, :, None], kept.apply(v.keys)[:, :, None], dim=-1)
+    evicted = map.kept & ~kept.kept
+    assert torch.equal(map.owner[evicted], cosine.argmax(-1)[evicted])
+    # Where all keys are the same vector, so are their means, whatever the masses.
+    same = torch.ones_like(v.keys)
+    torch.testing.assert_close(map.apply(same), torch.ones(2, 2, 12, 8))
+
+
+def test_pyramid_kv_may_leave_its_window_out_of_the_falling_budgets():
+    budgets = tt.Plan.parse("pyramid_kv(budget=100, window=8, beta=20, apart=True)").at("cache")[0].budgets
+    assert budgets(1000, 4) == [8 + 180, 8 + 122, 8 + 64, 8 + 6]  # 92 each: from 2 * 92 - 92 // 20 down, in equal steps
+    assert budgets(184, 4) == [8 + 176, 8 + 120, 8 + 64, 8 + 8]  # the first layer has no more than 176 to keep
+    assert budgets(150, 4) == [100] * 4 and budgets(1000, 1) == [100]
+
+
 def test_tree_kv_lets_neighbouring_blocks_compete():
     """20 tokens, room for 12: 2 sinks, the last 4, and of the 14 between 6, as three blocks of two."""
     index = kept("tree_kv(budget=12, sinks=2, block=2)", view())[0]
@@ -191,7 +229,7 @@ def test_expected_attention_keeps_its_sinks():
     assert kept("expected_attention(budget=6, sinks=4, future=8)", view())[..., :4].tolist() == [[[0, 1, 2, 3]] * 2]
 
 
-@EACH
+@EACH_AND_VARIANTS
 def test_keeping_everything_is_the_identity(name):
     for budget in (1.0, 20, 5000):
         assert tt.Plan.parse(plan(name, budget)).at("cache")[0].reduce(view()).is_identity
@@ -207,7 +245,7 @@ def test_as_many_as_asked_for_in_order_and_each_once(name, budget):
     assert (map.source.diff(dim=-1) > 0)[map.mask[..., 1:]].all()
 
 
-@EACH
+@EACH_AND_VARIANTS
 @pytest.mark.parametrize("pads", [(0, 9), (22, 3)])
 def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
     """Padding is never kept, and a row does not notice that others are longer."""
@@ -223,10 +261,11 @@ def test_a_padded_row_keeps_what_it_keeps_alone(name, pads):
             torch.testing.assert_close(map.dense()[row, head][real][:, pad:], want)
             assert torch.equal(map.anchors[row, head][real] - pad, alone.anchors[0, head][alone.mask[0, head]])
             assert not map.kept[row, head, :pad].any()
-        assert int(map.mask[row].sum()) == 2 * min(14, 40 - pad)
+        # Those that round as their authors do may miss the sum by an entry a head.
+        assert abs(int(map.mask[row].sum()) - 2 * min(14, 40 - pad)) <= (2 if "mixes" in name else 0)
 
 
-@EACH
+@EACH_AND_VARIANTS
 def test_half_precision_is_scored_like_single(name):
     v = view(n=32)
     halved = made_of(*(t.bfloat16() for t in (v.queries, v.keys, v.values)))
@@ -251,6 +290,10 @@ def test_half_precision_is_scored_like_single(name):
         "pyramid_kv(budget=8)",
         "pyramid_kv(kernel=2)",
         "pyramid_kv(beta=0.5)",
+        "pyramid_kv(pooling=min)",
+        "snapkv(pooling=median)",
+        "snapkv(group=sum)",
+        "snapkv(merge=average)",
         "lagkv(budget=4)",
         "lagkv(lag=1)",
         "lagkv(sinks=-1)",
@@ -271,6 +314,7 @@ def test_half_precision_is_scored_like_single(name):
         "spatten(recent=1.1)",
         "spatten(budget=0.5, every=2)",
         "ada_kv(safeguard=1.5)",
+        "ada_kv(safe=ceiling)",
         "ada_kv(base=pyramid_kv)",
         "ada_kv(base=prompt_lookup)",
         "ada_kv(base='snapkv(window=600)')",

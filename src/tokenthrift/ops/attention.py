@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, pad, scaled_dot_product_attention
+from torch.nn.functional import avg_pool1d, max_pool1d, pad, scaled_dot_product_attention
 
 from ..core.tokenmap import TokenMap
 
@@ -79,20 +79,24 @@ def attention_received(
     return received
 
 
-def window_scores(rows: Tensor, kv_heads: int, kernel: int) -> Tensor:
+def window_scores(rows: Tensor, kv_heads: int, kernel: int, pooling: str = "mean", group: str = "mean") -> Tensor:
     """Scores by the attention of the prompt's last queries, with these queries' own tokens above all others.
 
     Args:
         rows: ``(batch, heads, window, n)``, the last ``window`` rows of attention.
-        kv_heads: number of key/value heads; the votes of the query heads that share one are averaged.
-        kernel: odd width of the average pooling along the prompt, so that neighbours of an important token survive.
+        kv_heads: number of key/value heads.
+        kernel: odd width of the pooling along the prompt, so that neighbours of an important token survive.
+        pooling: ``"mean"`` or ``"max"``.
+        group: of the votes of the query heads that share a key/value head, the ``"mean"`` or the ``"max"``.
 
     Returns:
         ``(batch, kv_heads, n)``: votes in [0, 1], then the window from 2 on, newest highest.
     """
     window, n = rows.shape[-2:]
-    votes = rows[..., : n - window].mean(-2)
-    votes = group_mean(avg_pool1d(votes, kernel, stride=1, padding=kernel // 2), kv_heads)
+    votes = rows[..., : n - window].mean(-2).unflatten(1, (kv_heads, -1))
+    votes = votes.mean(2) if group == "mean" else votes.amax(2)
+    pool = avg_pool1d if pooling == "mean" else max_pool1d
+    votes = pool(votes, kernel, stride=1, padding=kernel // 2)
     recent = 2 + torch.arange(window, device=rows.device, dtype=rows.dtype)
     return torch.cat([votes, recent.expand(*votes.shape[:-1], window)], dim=-1)
 

@@ -48,13 +48,20 @@ def keep_top_of_all_heads(scores: Tensor, counts: Tensor, floor: Tensor, mask: T
     Returns:
         A selection over ``(batch, heads)``; heads that keep fewer tokens than the fullest end in padding outputs.
     """
-    heads = scores.shape[1]
     mask = mask.unsqueeze(1) if mask.dim() == 2 else mask
     scores = scores.masked_fill(~mask, float("-inf"))
-    safe = _ranks(scores) < floor[:, None, None]
-    pooled = scores.masked_fill(safe & mask, float("inf")).flatten(1)
-    kept = _ranks(pooled) < (heads * counts)[:, None]
-    return TokenMap.keep(kept.view(scores.shape))
+    safe = best_of_each_head(scores, floor[:, None])
+    return TokenMap.keep(best_of_all_heads(scores.masked_fill(safe & mask, float("inf")), counts))
+
+
+def best_of_all_heads(scores: Tensor, counts: Tensor) -> Tensor:
+    """Which of ``(batch, heads, tokens)`` are among the best ``heads * counts`` of a row, ``counts`` ``(batch,)``."""
+    return (_ranks(scores.flatten(1)) < (scores.shape[1] * counts)[:, None]).view(scores.shape)
+
+
+def best_of_each_head(scores: Tensor, counts: Tensor) -> Tensor:
+    """Which of ``(batch, heads, tokens)`` are among the best ``counts`` ``(batch, heads)`` of their head."""
+    return _ranks(scores) < counts.unsqueeze(-1)
 
 
 def _ranks(scores: Tensor) -> Tensor:
