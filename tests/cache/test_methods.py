@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenthrift as tt
-from cache_plans import EACH, EACH_AND_VARIANTS, EACH_EVICTING, plan
+from cache_plans import EACH_AND_VARIANTS, EACH_EVICTING, plan
 from tokenthrift.cache.tree_kv import tournament
 from tokenthrift.models.cache_stage import cache_view
 from tokenthrift.ops.rotary import Rotary

@@ -193,11 +193,13 @@ def decode_alone(plan, queries, keys, prefill):
     """The keys of one layer after the prompt and after every token, without a model."""
     session = SimpleNamespace(record=lambda *_, **__: StageRecord(), add_map=lambda *_: None)
     method = tt.Plan.parse(plan).at("cache")[0]
-    watcher, cache = CacheWatcher(SimpleNamespace(layer_idx=0), 1, method, session), DynamicCache()
+    module, cache = torch.nn.Module(), DynamicCache()
+    module.layer_idx, module.config = 0, SimpleNamespace(_attn_implementation="sdpa")
+    watcher = CacheWatcher(module, 1, method, session)
     cuts = [0, prefill, *range(prefill + 1, keys.shape[-2] + 1)]
     for start, end in pairwise(cuts):
         query, new = queries[:, :, start:end], keys[:, :, start:end]
-        watcher.note_call(None, (), {"past_key_values": cache})
+        watcher.note_call((), {"past_key_values": cache})
         key, value = cache.update(new, new, 0)
         watcher.before(query, key, None)
         watcher.after(query, key, value, None, keys.shape[-1] ** -0.5)

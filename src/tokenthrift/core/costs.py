@@ -63,7 +63,7 @@ class DecoderCosts:
         the number of positions for which the head runs, all of them when None.
         """
         per_layer = [k + queries for k in self._cached(keys - queries)] if isinstance(keys, int) else keys
-        attention = sum(attention_flops(queries, k, self.heads, self.head_dim) for k in per_layer)
+        attention = attention_flops(queries, sum(per_layer), self.heads, self.head_dim)
         return queries * self.per_token + attention + (queries if logits is None else logits) * self.per_logit
 
     def kv_bytes(self, tokens: int, bytes_per_value: int, batch: int = 1) -> int:

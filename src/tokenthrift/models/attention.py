@@ -158,9 +158,6 @@ def _attention_over(base: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        # Eager attention is a function of each model's own file, not of the shared table.
-        default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        run = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
         watcher, replaced = _watchers.get(module), _replaced.get(module)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         mask = attention_mask if watcher is None else watcher.before(query, key, attention_mask)
@@ -171,8 +168,9 @@ def _attention_over(base: str) -> Callable[..., Any]:
         if answer is not None:
             out = answer.transpose(1, 2), None
         elif replaced is None:
-            out = run(module, query, key, value, mask, **kwargs)
+            out = _function(base, module)(module, query, key, value, mask, **kwargs)
         else:
+            run = _function(base, module)
 
             def model_s(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
                 return run(module, query, key, value, mask, **{**kwargs, "scaling": scaling})[0].transpose(1, 2)
@@ -184,6 +182,13 @@ def _attention_over(base: str) -> Callable[..., Any]:
         return out
 
     return attention
+
+
+def _function(base: str, module: nn.Module) -> Callable[..., Any]:
+    """The model's own: eager attention is a function of each model's file, not of the shared table."""
+    default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(base, default)
+    return found
 
 
 class OwnCache(DynamicCache):

@@ -25,6 +25,7 @@ from .attention import Run, cache_among, real_tokens, replace_attention
 from .growing import GrowingLayer
 from .kv import ReducedLayer
 from .layer_kinds import check_kinds
+from .replacing import note_calls
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -67,7 +68,7 @@ def install_attention(adapter: DecoderAdapter, method: Any, session: Session, un
     def make(module: nn.Module) -> Selecting:
         selecting = Selecting(module, number[id(module)], common)
         # The attention function is not told the cache: note it as the module is called.
-        undo.callback(module.register_forward_pre_hook(selecting.note_call, with_kwargs=True).remove)
+        note_calls(module, selecting.note_call, undo)
         return selecting
 
     replace_attention(full, make, undo)
@@ -105,8 +106,8 @@ class Selecting:
         self.index, self.number, self.common = int(module.layer_idx), number, common  # type: ignore[arg-type]
         self.cache: Cache | None = None
 
-    def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: which cache it reads, which then gets a layer with room."""
+    def note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call of the attention module: which cache it reads, which then gets a layer with room."""
         self.cache = cache_among(args, kwargs)
         layer = self._layer(self.cache)
         if self.cache is None:

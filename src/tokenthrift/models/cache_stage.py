@@ -31,6 +31,7 @@ from .growing import GrowingLayer
 from .kv import RaggedLayer, ReducedLayer, biased, reduced_layer
 from .layer_kinds import check_kinds
 from .lookahead import Lookahead
+from .replacing import note_calls
 from .rotary import rotary_of
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def install_cache(adapter: DecoderAdapter, method: Any, session: Session, undo: 
     def make(module: nn.Module) -> CacheWatcher:
         watcher = CacheWatcher(module, len(adapter.attentions), bound, session, lookahead)
         # The attention function is told neither the cache nor the rotation: note them as the module is called.
-        handle = module.register_forward_pre_hook(watcher.note_call, with_kwargs=True)
-        undo.callback(handle.remove)
+        note_calls(module, watcher.note_call, undo)
         return watcher
 
     watch_attention(adapter.attentions, make, undo)
@@ -85,7 +85,8 @@ class CacheWatcher(Watcher):
     def __init__(
         self, module: nn.Module, layers: int, method: Any, session: Session, lookahead: Lookahead | None = None
     ) -> None:
-        self.layer, self.layers = int(module.layer_idx), layers  # type: ignore[arg-type]
+        self.module, self.layer, self.layers = module, int(module.layer_idx), layers  # type: ignore[arg-type]
+        self.fused = module.config._attn_implementation.endswith("sdpa")  # type: ignore[union-attr, operator]
         self.method, self.session, self.lookahead = method, session, lookahead
         self.every = int(getattr(method, "every", 0))
         self.lookback = int(getattr(method, "lookback", 0)) if self.every else 0
@@ -95,29 +96,34 @@ class CacheWatcher(Watcher):
         self.counts = self.every > 0 and "received" in self.needs
         self.cache: Cache | None = None
         self.rotary: Callable[[], Rotary] | None = None
-        self.prompt = self.apart = False
+        self.prompt = self.apart = self.grouped = False
 
-    def note_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the attention module: its rotation, which cache it fills, and whether that was empty.
+    def note_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call of the attention module: its rotation, which cache it fills, and whether that was empty.
 
         It runs once a layer and token: what it does slowly is felt.
         """
-        self.apart = False
+        self.apart = self.grouped = False
         if self.lookahead is not None and self.lookahead.drafting:
             self.cache = None
             return
         if self.rotates:
-            self.rotary = partial(rotary_of, module, kwargs.get("position_embeddings"))
+            self.rotary = partial(rotary_of, self.module, kwargs.get("position_embeddings"))
         self.cache = cache_among(args, kwargs)
         stored = self._stored()
         self.prompt = self.cache is not None and (stored is None or int(stored.get_seq_length()) == 0)
         if isinstance(stored, RaggedLayer) and not self.counts:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            self.apart = hidden.shape[1] == 1 and not is_exotic(module) and not is_replaced(module) and stored.few
+            self.apart = hidden.shape[1] == 1 and self._plain and stored.few
             stored.apart = self.apart
 
+    @property
+    def _plain(self) -> bool:
+        """Whether what the module computes is softmax attention, and nobody else answers it."""
+        return not is_exotic(self.module) and not is_replaced(self.module)
+
     def answer(self, query: Tensor, scaling: float) -> Tensor | None:
-        return self._stored().attend(query, scaling) if self.apart else None
+        return self._stored().attend(query, scaling) if self.apart or self.grouped else None
 
     def before(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
         stored, new = self._stored(), query.shape[-2]
@@ -126,7 +132,11 @@ class CacheWatcher(Watcher):
         if new > 1 and mask is not None:  # a prompt that comes in parts: its padding is nothing to read later
             stored.hide(real_tokens(mask)[:, -new:].expand(query.shape[0], -1))
         fits = mask is None or mask.shape[-1] == key.shape[-2]
-        return mask if stored.whole and fits else reduced_mask(stored, query, mask)
+        if stored.whole and fits:
+            return mask
+        mask = reduced_mask(stored, query, mask)
+        self.grouped = new == 1 and mask is None and self.fused and stored.shared(query.shape[1]) and self._plain
+        return mask
 
     def after(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> None:
         stored, cache, rotary = self._stored(), self.cache, self.rotary

@@ -31,7 +31,7 @@ from .cache_stage import CacheWatcher
 from .depth import Depth
 from .kv import ReducedLayer
 from .layer_kinds import check_windows
-from .replacing import replace_method
+from .replacing import note_calls, replace_method
 
 if TYPE_CHECKING:
     from .decoder import DecoderAdapter
@@ -92,8 +92,7 @@ def install_cascade(
 
     def make(module: nn.Module) -> CascadeWatcher:
         watcher = CascadeWatcher(module, len(layers), method, session, run)
-        handle = module.register_forward_pre_hook(watcher.note_call, with_kwargs=True)
-        undo.callback(handle.remove)
+        note_calls(module, watcher.note_call, undo)
         run.watchers.append(watcher)
         return watcher
 

@@ -180,6 +180,19 @@ class ReducedLayer(GrowingLayer):
         self.came = self.came + torch.tensor(grown, device=self.came.device)
         self.received = self.queries = self.rotary = None  # nobody watched what these tokens asked
 
+    def shared(self, heads: int) -> bool:
+        """Whether :meth:`attend` pays: so many query heads share keys, and every thread has a head of these to read."""
+        rows = math.prod(self.keys.shape[:2])
+        return self.keys.shape[1] < heads and self.device.type == "cpu" and rows >= torch.get_num_threads()
+
+    def attend(self, query: Tensor, scaling: float) -> Tensor:
+        """What the newest token reads, ``(batch, heads, 1, dim)`` of its queries, where it may read every entry.
+
+        Query heads that share keys are the rows of one product, which reads the keys once for all of them.
+        """
+        grouped = query.reshape(*self.keys.shape[:2], -1, query.shape[-1])
+        return scaled_dot_product_attention(grouped, self.keys, self.values, scale=scaling).reshape(query.shape)
+
     def get_seq_length(self) -> int:
         return self.seen if self.is_initialized else 0
 
@@ -344,6 +357,10 @@ class RaggedLayer(ReducedLayer):
         return (
             math.prod(self.map.lead) <= FEW and self.device.type == "cpu" and "keys" in self._flat and not self._holes
         )
+
+    def shared(self, heads: int) -> bool:
+        """No: what all heads hold is no single tensor."""
+        return False
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """What the newest token reads: ``(batch, heads, 1, dim)`` of its queries, without any padding."""

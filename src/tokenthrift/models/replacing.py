@@ -22,6 +22,19 @@ def replace_method(owner: Any, name: str, wrapper: Callable[..., Any], undo: Exi
     return replaced
 
 
+def note_calls(module: Any, note: Callable[[tuple[Any, ...], dict[str, Any]], None], undo: ExitStack) -> None:
+    """Show ``note`` the arguments of each forward of a module, before it runs, until ``undo`` closes.
+
+    Not by a hook: for what runs once a layer and token, its machinery takes longer than what is noted.
+    """
+
+    def noting(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        note(args, kwargs)
+        return plain(*args, **kwargs)
+
+    replace_method(module, "forward", noting, undo)
+
+
 def plain_forward(model: Any) -> Callable[..., Any]:
     """What a model's ``forward`` was before a session replaced it: for texts that are read beside the session."""
     forward: Callable[..., Any] = getattr(model.forward, "plain", model.forward)

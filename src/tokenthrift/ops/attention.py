@@ -93,7 +93,8 @@ def window_scores(rows: Tensor, kv_heads: int, kernel: int, pooling: str = "mean
         ``(batch, kv_heads, n)``: votes in [0, 1], then the window from 2 on, newest highest.
     """
     window, n = rows.shape[-2:]
-    votes = rows[..., : n - window].mean(-2).unflatten(1, (kv_heads, -1))
+    votes = rows[..., : n - window].mean(-2)
+    votes = votes.reshape(votes.shape[0], kv_heads, -1, n - window)
     votes = votes.mean(2) if group == "mean" else votes.amax(2)
     pool = avg_pool1d if pooling == "mean" else max_pool1d
     votes = pool(votes, kernel, stride=1, padding=kernel // 2)

@@ -26,7 +26,9 @@ def merge_evicted(keys: Tensor, kept: TokenMap, mask: Tensor, how: str) -> Token
     evicted = mask.unsqueeze(1) & ~kept.kept
     unit = normalize(keys.to(torch.float32), dim=-1)
     centres, spare = kept.apply(unit).mT, ~kept.mask.unsqueeze(-2)
-    blocks = [(block @ centres).masked_fill(spare, float("-inf")).max(-1) for block in unit.split(_BLOCK, dim=-2)]
+    blocks = [
+        (block @ centres).masked_fill(spare, float("-inf")).max(-1) for block in torch.split(unit, _BLOCK, dim=-2)
+    ]
     cosine, nearest = (torch.cat(parts, -1) for parts in zip(*blocks, strict=True))
     group = torch.where(evicted, nearest, kept.owner)
     if how == "weighted":
