@@ -218,19 +218,54 @@ def line(row: dict[str, Any]) -> str:
 
 
 def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table for each length of prompt, with a line a plan: each cell has a value for each budget."""
     for tokens in args.tokens:
-        these = [row for row in rows if row["key"][0] == tokens]
-        if these:
+        of = {tuple(row["key"][1:]): row for row in rows if row["key"][0] == tokens}
+        lines = []
+        for plan in args.plans:
+            found = [of.get((plan, budget), {}) for budget in args.budgets]
+            if any(found):
+                lines.append(f"| `{name_of(plan)}` | " + " | ".join(cell(found, *column) for column in COLUMNS) + " |")
+        if lines:
             print(
                 f"\n{args.model}, {tokens} tokens, float32, {torch.get_num_threads()} threads, transformers "
-                f"{transformers.__version__}; the unmodified model recalls {these[0]['all']:.0%} of the facts\n"
+                f"{transformers.__version__}; the unmodified model recalls {next(iter(of.values()))['all']:.0%} of the "
+                f"facts; budgets {', '.join(map(str, args.budgets))}\n"
             )
-            print(
-                "| plan | KL | top-1 | recall | KV bytes | TTFT s | vs full | decode ms/token | vs full "
-                "| kvpress: KL | heads with the same entries | TTFT, ours/theirs | decode, ours/theirs |"
-            )
-            print("|---|" + "--:|" * 12)
-            print("\n".join(map(line, these)))
+            print("| plan | " + " | ".join(head for head, *_ in COLUMNS) + " |\n|---|" + "--:|" * len(COLUMNS))
+            print("\n".join(lines))
+
+
+COLUMNS = (
+    ("KL", "kl", "{:.3f}"),
+    ("top-1", "top1", "{:.0%}"),
+    ("recall", "score", "{:.0%}"),
+    ("KV bytes", "bytes", "{:.2f}×"),
+    ("TTFT s", "ttft", "{:.1f}"),
+    ("vs full", "ttft_full", "{:.2f}×"),
+    ("decode ms/token", "decode_ms", "{:.0f}"),
+    ("vs full", "decode_full", "{:.2f}×"),
+    ("kvpress: KL", "kl_peer", "{:.3f}"),
+    ("heads with the same entries", "same", "{:.0%}"),
+    ("TTFT, ours/theirs", "ttft_to_peer", "{:.2f}×"),
+    ("decode, ours/theirs", "decode_to_peer", "{:.2f}×"),
+)
+"""Of the tables: heading, what of a row, and how it is written."""
+
+
+def cell(rows: list[dict[str, Any]], head: str, name: str, form: str) -> str:
+    """The rows' values, one behind the other; nothing where none has one."""
+    values = [row | {"decode_ms": row["decode"] * 1000} if row else {} for row in rows]
+    if not any(name in row for row in values):
+        return ""
+    return " / ".join(form.format(row[name]) if name in row else "–" for row in values)
+
+
+def name_of(plan: str) -> str:
+    """A plan without what differs between the rows."""
+    for part in (", budget={b}", "budget={b}, ", "budget={b}", ", min_tokens={b}", "keep={k}"):
+        plan = plan.replace(part, "")
+    return plan.replace("model={draft!r}", "model='first layers'")
 
 
 if __name__ == "__main__":

@@ -360,6 +360,29 @@ def test_a_compressed_prompt_answers_many_questions(plan):
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad", [0, 9])
+def test_heads_that_share_keys_read_them_together_where_nothing_is_hidden(attention, pad, monkeypatch):
+    """Not under eager attention, which may have to show its weights; nor where a row has padding."""
+    model, inputs, calls = tiny("llama", attention=attention), prompt(length=30, pad=pad), []
+    attend = ReducedLayer.attend
+
+    def noted(self, query, scaling):
+        calls.append(query.shape)
+        return attend(self, query, scaling)
+
+    def logits():
+        with tt.apply("streaming_llm(budget=24, sinks=4)", model), torch.no_grad():
+            cache = model(**inputs).past_key_values
+            return torch.cat([model(inputs["input_ids"][:, i : i + 1], past_key_values=cache).logits for i in range(3)])
+
+    monkeypatch.setattr(ReducedLayer, "attend", noted)
+    together = logits()
+    assert calls == ([(2, 6, 1, 8)] * 6 if attention == "sdpa" and pad == 0 else [])
+    monkeypatch.setattr(ReducedLayer, "shared", lambda *_: False)
+    torch.testing.assert_close(together, logits(), atol=1e-4, rtol=1e-4)
+
+
 # ---- heads of different lengths --------------------------------------------------------------------------------------
 
 
