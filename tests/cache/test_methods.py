@@ -319,6 +319,7 @@ def test_half_precision_is_scored_like_single(name):
         "ada_kv(base=prompt_lookup)",
         "ada_kv(base='snapkv(window=600)')",
         "ada_kv(base='knorm(every=4)')",
+        "ada_kv(base='snapkv(merge=pivot)')",
         "ada_kv(base='knorm() tova()')",
         "expected_attention(sinks=512)",
         "expected_attention(future=0)",

@@ -80,6 +80,8 @@ class AdaKV:
             )
         if getattr(steps[0].method, "every", 0):
             raise ThriftError(f"ada_kv has its own 'every': leave it out of its base '{self.base}'")
+        if getattr(steps[0].method, "merge", "none") != "none":
+            raise ThriftError(f"ada_kv evicts what it does not keep: leave 'merge' out of its base '{self.base}'")
         if self.every and "every" not in steps[0].method.info.defaults:
             raise ThriftError(
                 f"ada_kv(every={self.every}) needs a base that can be reduced again, such as snapkv, knorm or h2o, got "
