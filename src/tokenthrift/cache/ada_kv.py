@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.plan import Plan
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.topk import best_of_all_heads, best_of_each_head, keep_top_of_all_heads
 from .repeated import check_every
-from .snapkv import check_choice
 
 
 @method(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from ..core.budget import Budget, Schedule
+from ..core.errors import check_choice
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
 from ..ops.attention import window_scores
 from ..ops.topk import keep_top
 from .repeated import check_every
-from .snapkv import check_choice, check_window
+from .snapkv import check_window
 
 
 @method(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
@@ -69,12 +69,6 @@ class SnapKV:
             return TokenMap.identity(n, (batch, kv_heads), view.keys.device)
         kept = keep_top(self.score(view), Budget.of(self.budget), view.mask)
         return kept if self.merge == "none" else merge_evicted(view.keys, kept, view.mask, self.merge)
-
-
-def check_choice(name: str, parameter: str, value: str, known: tuple[str, ...]) -> None:
-    """Refuse what the method does not know."""
-    if value not in known:
-        raise ThriftError(f"{name} has no {parameter} '{value}': {did_you_mean(value, known)}")
 
 
 def check_window(name: str, budget: int | float, window: int, kernel: int) -> None:

@@ -20,3 +20,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"known: {', '.join(known)}" if known else "none are known"
+
+
+def check_choice(name: str, parameter: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a value of a method's parameter that is none of these."""
+    if value not in (known := list(known)):
+        raise ThriftError(f"{name} has no {parameter} '{value}': {did_you_mean(str(value), known)}")

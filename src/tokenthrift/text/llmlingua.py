@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.view import View
 from ..ops.tokens import Span, count_tokens, encode
@@ -72,8 +72,7 @@ def check(method: Any, name: str) -> None:
     """Refuse parameters that mean nothing, when the plan is read."""
     Budget.of(method.rate)
     for key, known in (("level", ("word", "token")), ("compat", ("budget", "llmlingua")), ("order", ORDERS)):
-        if (value := getattr(method, key, known[0])) not in known:
-            raise ThriftError(f"{name} has no {key} '{value}': {did_you_mean(str(value), known)}")
+        check_choice(name, key, getattr(method, key, known[0]), known)
     if method.size < 2 or method.spare < 0:
         raise ThriftError(f"{name} needs size of at least 2 and spare of at least 0")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.view import View
 from ..models.token_classifier import TokenClassifier, as_classifier, load_token_classifier
@@ -68,8 +68,7 @@ class LLMLingua2:
         Budget.of(self.rate)
         object.__setattr__(self, "model", as_classifier("llmlingua2", self.model))
         for key, known in (("by", ("mean", "first")), ("compat", ("budget", "llmlingua"))):
-            if (value := getattr(self, key)) not in known:
-                raise ThriftError(f"llmlingua2 has no {key} '{value}': {did_you_mean(str(value), known)}")
+            check_choice("llmlingua2", key, getattr(self, key), known)
         if isinstance(self.force_tokens, str) or not all(isinstance(t, str) and t for t in self.force_tokens):
             raise ThriftError("llmlingua2 takes force_tokens as a list of words: write force_tokens=['?', 'not']")
         if not 0 < self.document_rate <= 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.view import View
 from ..ops.tokens import Span
@@ -53,8 +53,7 @@ class SelectiveContext:
 
     def __post_init__(self) -> None:
         budget = Budget.of(self.rate)
-        if self.level not in LEVELS:
-            raise ThriftError(f"selective_context has no level '{self.level}': {did_you_mean(str(self.level), LEVELS)}")
+        check_choice("selective_context", "level", self.level, LEVELS)
         if self.context not in ("sentence", "document"):
             raise ThriftError(f"selective_context has no context '{self.context}': use sentence or document")
         if self.compat not in ("budget", "percentile"):

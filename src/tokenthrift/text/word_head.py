@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.budget import Budget
-from ..core.errors import ThriftError, did_you_mean
+from ..core.errors import ThriftError, check_choice
 from ..core.method import method
 from ..core.tokenmap import TokenMap
 from ..core.view import View
@@ -56,8 +56,7 @@ class WordHeadMethod:
 
     def __post_init__(self) -> None:
         Budget.of(self.rate)
-        if self.level not in LEVELS:
-            raise ThriftError(f"word_head has no level '{self.level}': {did_you_mean(str(self.level), LEVELS)}")
+        check_choice("word_head", "level", self.level, LEVELS)
         if not (0 <= self.smooth < math.inf):
             raise ThriftError(
                 f"word_head smooth {self.smooth} is no number of words: 2 is the default, 0 spreads nothing"
