@@ -150,7 +150,8 @@ def test_ada_kv_shares_out_its_budget_anew_and_stores_no_more(base):
         counts = layer.held.sum(-1)
         assert counts.sum(-1).tolist() == [2 * 14] * 2 and (counts >= 3 + 2).all()
         if base in PARTING:
-            assert layer.nbytes == layer.entries * 2 * 8 * 4
+            room = 4 * (7 - layer.fresh)  # four heads may get six more tokens each after their first
+            assert layer.nbytes == (layer.entries + room) * 2 * 8 * 4
             assert isinstance(layer, RaggedLayer) and (counts[:, 0] != counts[:, 1]).any()
     assert session.report().stages["cache"].extra["reduced_again"] == 2 * 8
 

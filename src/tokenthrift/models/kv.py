@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
+from ..ops.growing import ROOM
 from ..ops.rotary import Rotary
 from .growing import GrowingLayer
 
@@ -266,9 +266,9 @@ class ReducedLayer(GrowingLayer):
 class RaggedLayer(ReducedLayer):
     """A reduced layer whose heads hold different numbers of entries, each only its own.
 
-    The kept entries of all rows and heads lie one behind the other, ``(entries, head_dim)``; tokens that come later are
-    the same for all heads and lie beside them. Attention sees keys and values padded to the longest head: these exist
-    for one layer at a time, while it runs. Where they are few, single tokens are better answered head by head.
+    The entries of all rows and heads lie one behind the other, ``(1, 1, slots, head_dim)``, with room behind each
+    head's for the tokens to come. Attention sees keys and values padded to the longest head: these exist for one layer
+    at a time, while it runs. Where they are few, single tokens are better answered head by head.
 
     Attributes:
         apart: the next token comes to be answered by :meth:`attend`: the next :meth:`update` returns that token only.
@@ -279,11 +279,13 @@ class RaggedLayer(ReducedLayer):
     def __init__(
         self, keys: Tensor, values: Tensor, map: TokenMap, mask: Tensor, *, proportional: bool = False
     ) -> None:
-        self._flat: dict[str, Tensor] = {}
-        self._later: dict[str, Tensor] = {}
-        self._index = torch.zeros(0, dtype=torch.int32)
-        self._lengths: list[list[int]] = []  # of each row's heads, without what came later
-        self._holes = False  # whether some of that is padding
+        self._padded: dict[str, Tensor] = {}  # keys and values as others see them, as long as heads are alike
+        self._flat: dict[str, Tensor] = {}  # the same once they are not
+        self._lead: tuple[int, ...] = ()
+        self._lengths: list[int] = []  # of each head of each row, without what came later
+        self._index = self._ends = torch.zeros(0, dtype=torch.int64)  # slots of what others see; behind each head's
+        self._later = self._spare = 0  # of each head, tokens that came later, and its room for them
+        self._holes = False  # whether some of these are padding
         super().__init__(keys, values, map, mask, proportional=proportional)
 
     @classmethod
@@ -306,57 +308,79 @@ class RaggedLayer(ReducedLayer):
         """Let go of the padding between the heads."""
         if self.real is None:
             return
-        slots = self.real.flatten()
-        self._lengths, self._holes = self.real.sum(-1).tolist(), False
-        for name in ("keys", "values"):
-            dense = getattr(self, name)
-            self._later[name] = dense[..., :0, :].clone()
-            self._flat[name] = dense.flatten(0, -2)[slots]
-        self._index = (slots.cumsum(0) - 1).clamp_(min=0).to(torch.int32)  # padding reads anything, and is masked
+        slots, lengths = self.real.flatten(), self.real.sum(-1).flatten()
+        self._lead = tuple(self.real.shape[:2])
+        self._flat = {name: getattr(self, name).flatten(0, -2)[slots][None, None] for name in ("keys", "values")}
+        self._padded = {}
+        self._lengths, self._ends = lengths.tolist(), lengths.cumsum(0)
+        self._index = (slots.cumsum(0) - 1).clamp_(min=0).view(len(self._lengths), -1)  # padding reads anything
+        self._later = self._spare = 0
+        self._holes = False
+
+    def _heads(self, name: str) -> list[Tensor]:
+        """Of the keys or values those of each head, ``(1, 1, entries, head_dim)``: views."""
+        sizes = [size for length in self._lengths for size in (length + self._later, self._spare - self._later)]
+        return list(self._flat[name].split(sizes, dim=2))[::2]
+
+    def _make_room(self, spare: int) -> None:
+        """Move the heads apart: behind each there is room for so many later tokens."""
+        for name, flat in self._flat.items():
+            room = flat.new_zeros(1, 1, spare - self._later, flat.shape[-1])  # zeros: padding may read it
+            self._flat[name] = torch.cat([part for head in self._heads(name) for part in (head, room)], dim=2)
+        moved = torch.arange(len(self._lengths), device=self._ends.device) * (spare - self._spare)
+        self._index, self._ends = self._index + moved[:, None], self._ends + moved
+        self._spare = spare
 
     def _dense(self, name: str) -> Tensor | None:
-        if name not in self._later:
-            return None
-        later = self._later[name]
         if name not in self._flat:
-            return later
-        kept = self._flat[name].index_select(0, self._index).view(*later.shape[:2], -1, later.shape[-1])
-        return torch.cat([kept, later], dim=-2) if later.shape[-2] else kept
+            return self._padded.get(name)
+        index = self._index
+        if self._later:
+            later = torch.arange(self._later, device=index.device)
+            index = torch.cat([index, self._ends[:, None] + later], dim=-1)
+        return self._flat[name].index_select(2, index.flatten()).view(*self._lead, index.shape[-1], -1)
 
     def _hold(self, name: str, dense: Tensor | None) -> None:
         self._flat.pop(name, None)
-        self._later.pop(name, None)
+        self._padded.pop(name, None)
         if dense is not None:
-            self._later[name] = dense
+            self._padded[name] = dense
 
     keys = property(lambda self: self._dense("keys"), lambda self, t: self._hold("keys", t))  # type: ignore[assignment]
     values = property(lambda self: self._dense("values"), lambda self, t: self._hold("values", t))  # type: ignore[assignment]
 
     @property
     def stored(self) -> int:
-        later = self._later["keys"]
-        kept = self._index.numel() // math.prod(later.shape[:2]) if "keys" in self._flat else 0
-        return kept + int(later.shape[-2])
+        return self._index.shape[-1] + self._later if self._flat else int(self.keys.shape[-2])
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for part in (self._flat, self._later) for t in part.values())
+        return sum(t.untyped_storage().nbytes() for t in (*self._flat.values(), *self._padded.values()))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
+        if not self._flat:
             return super().update(key_states, value_states)
-        self._count(key_states.shape[-2])
+        new = key_states.shape[-2]
+        self._count(new)
+        if self._later + new > self._spare:
+            self._make_room(self._later + new + (self.room or max(ROOM, max(self._lengths) // 8)))
+        at = self._ends + self._later
+        if new > 1:
+            at = (at[:, None] + torch.arange(new, device=at.device)).flatten()
         for name, states in (("keys", key_states), ("values", value_states)):
-            self._later[name] = torch.cat([self._later[name], states], dim=-2)
+            flat, rows = self._flat[name], states.reshape(1, 1, -1, states.shape[-1])
+            # What a backward pass needs, or was made in inference mode, is not written over.
+            locked = flat.is_inference() and not torch.is_inference_mode_enabled()
+            free = not (locked or (torch.is_grad_enabled() and (flat.requires_grad or rows.requires_grad)))
+            self._flat[name] = flat.index_copy_(2, at, rows) if free else flat.index_copy(2, at, rows)
+        self._later += new
         apart, self.apart = self.apart, False  # of this call only, also when it is interrupted after this
         return (key_states, value_states) if apart else (self.keys, self.values)
 
     @property
     def few(self) -> bool:
         """Whether attention head by head is faster than with padding, and possible: no later token is padding."""
-        return (
-            math.prod(self.map.lead) <= FEW and self.device.type == "cpu" and "keys" in self._flat and not self._holes
-        )
+        return math.prod(self.map.lead) <= FEW and self.device.type == "cpu" and bool(self._flat) and not self._holes
 
     def shared(self, heads: int) -> bool:
         """No: what all heads hold is no single tensor."""
@@ -364,31 +388,24 @@ class RaggedLayer(ReducedLayer):
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """What the newest token reads: ``(batch, heads, 1, dim)`` of its queries, without any padding."""
-        batch, kv_heads = self.map.lead
-        grouped = query.reshape(batch, kv_heads, 1, -1, query.shape[-1])
-        out, start = torch.empty_like(grouped), 0
-        for row, head in product(range(batch), range(kv_heads)):
-            end = start + self._lengths[row][head]
-            keys, values = (
-                torch.cat([self._flat[name][start:end], self._later[name][row, head]])[None, None]
-                for name in ("keys", "values")
-            )
-            bias = None
-            if self.bias is not None and self.real is not None:
-                bias = self.bias[row, head][self.real[row, head]][None, None, None].to(query.dtype)
-            out[row, head] = scaled_dot_product_attention(
-                grouped[row, head][None], keys, values, attn_mask=bias, scale=scaling
-            )[0]
-            start = end
-        return out.reshape(query.shape)
+        grouped = query.reshape(len(self._lengths), 1, 1, -1, query.shape[-1])  # a row for each key/value head
+        bias: list[Tensor | None] = [None] * len(self._lengths)
+        if self.bias is not None:
+            held = zip(self.bias.flatten(0, 1), self.held.flatten(0, 1), strict=True)
+            bias = [of[real][None, None, None].to(query.dtype) for of, real in held]
+        heads = zip(grouped, self._heads("keys"), self._heads("values"), bias, strict=True)
+        out = [scaled_dot_product_attention(q, k, v, attn_mask=b, scale=scaling) for q, k, v, b in heads]
+        return torch.cat(out).reshape(query.shape)
 
     def hide(self, new: Tensor) -> None:
         super().hide(new)
         self._holes = self._holes or not bool(new.all())
 
     def _crop(self, tokens_to_remove: int) -> None:
-        count = abs(tokens_to_remove)
-        self._later = {name: t[..., : t.shape[-2] - count, :] for name, t in self._later.items()}
+        if self._flat and abs(tokens_to_remove) <= self._later:
+            self._later -= abs(tokens_to_remove)
+        else:
+            super()._crop(tokens_to_remove)
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._rows(change)
