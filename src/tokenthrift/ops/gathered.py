@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -64,9 +65,8 @@ def gather_rows_attention(
     chosen = indices.shape[1]
     grouped = query.reshape(batch, chosen, heads // chosen * count, dim)
     bias = None if mask is None else mask.unsqueeze(2)
-    out = scaled_dot_product_attention(
-        grouped, gather_rows(keys, indices), gather_rows(values, indices), attn_mask=bias, scale=scaling
-    )
+    chosen_keys, chosen_values = _gather((keys, values), indices)
+    out = scaled_dot_product_attention(grouped, chosen_keys, chosen_values, attn_mask=bias, scale=scaling)
     return out.reshape(batch, heads, count, -1)
 
 
@@ -75,16 +75,27 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
     Rows are copied whole from the memory that ``x`` is a view of, wherever its heads lie in it.
     """
-    batch, kv_heads, n, dim = x.shape
-    first, second, row, column = x.stride()
-    if column != 1 or row != dim or first % dim or second % dim:
-        x = x.contiguous()
-        first, second = x.stride()[:2]
-    chosen = indices.shape[1]
-    last = (batch - 1) * (first // dim) + (kv_heads - 1) * (second // dim) + n
-    flat = x.as_strided((last, dim), (dim, 1), x.storage_offset())
-    starts = _starts(batch, kv_heads, chosen // kv_heads, first // dim, second // dim, indices.device)
-    return flat.index_select(0, (indices + starts).flatten()).view(batch, chosen, -1, dim)
+    return _gather([x], indices)[0]
+
+
+def _gather(sources: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+    """The same of several: those that lie in memory alike, as keys and values do, need the rows' numbers but once."""
+    batch, chosen, _ = indices.shape
+    gathered, rows = [], indices
+    of: tuple[int, int] | None = None  # in memory, rows from row to row of the batch and from head to head
+    for x in sources:
+        kv_heads, n, dim = x.shape[1:]
+        first, second, row, column = x.stride()
+        if column != 1 or row != dim or first % dim or second % dim:
+            x = x.contiguous()
+            first, second = x.stride()[:2]
+        first, second = first // dim, second // dim
+        if of != (first, second):
+            rows = (indices + _starts(batch, kv_heads, chosen // kv_heads, first, second, indices.device)).flatten()
+            of = first, second
+        flat = x.as_strided(((batch - 1) * first + (kv_heads - 1) * second + n, dim), (dim, 1), x.storage_offset())
+        gathered.append(flat.index_select(0, rows).view(batch, chosen, -1, dim))
+    return gathered
 
 
 @cache
