@@ -10,6 +10,7 @@ from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.view import View
 from ..ops.attention import group_mean
+from ..ops.gathered import span
 from ..ops.growing import Growing
 
 _LARGE = torch.finfo(torch.float32).max
@@ -60,9 +61,8 @@ class Quest:
         if self.heads == "group":
             scores = group_mean(scores, view.keys.shape[1])
         pages = scores.topk(budget - 1, sorted=False).indices.unsqueeze(-1)
-        offsets = torch.arange(self.page, device=pages.device)
-        newest = torch.arange(older * self.page, n, device=pages.device).expand(*scores.shape[:2], -1)
-        return torch.cat([(pages * self.page + offsets).flatten(2), newest], dim=-1)
+        offsets, newest = span(0, self.page, pages.device), span(older * self.page, n, pages.device)
+        return torch.cat([(pages * self.page + offsets).flatten(2), newest.expand(*scores.shape[:2], -1)], dim=-1)
 
     def _bounds(self, view: View) -> Tensor:
         """Of all full pages; only those that became full since the last step are looked at."""

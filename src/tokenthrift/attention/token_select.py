@@ -10,6 +10,7 @@ from ..core.budget import Budget
 from ..core.errors import ThriftError
 from ..core.method import method
 from ..core.view import View
+from ..ops.gathered import span
 from ..ops.topk import top_entries
 
 
@@ -58,7 +59,7 @@ class TokenSelect:
         batch, kv_heads, n, _ = view.keys.shape
         if n <= self.budget:
             return None
-        voted, newest = self._voted(view), torch.arange(n - self.local, n, device=view.keys.device)
+        voted, newest = self._voted(view), span(n - self.local, n, view.keys.device)
         if view.mask is None:
             chosen = torch.cat([voted, newest.expand(batch, -1)], dim=-1)
         else:  # a short row has been voted out of candidates: it reads each of its tokens once
@@ -90,8 +91,7 @@ class TokenSelect:
             logits = logits.masked_fill(~candidates[:, None, None], torch.finfo(torch.float32).min)
         votes = logits.softmax(-1).sum((1, 2), keepdim=True).squeeze(1)
         winners = top_entries(votes, self.budget - self.sinks - self.local, candidates).squeeze(1) + self.sinks
-        first = torch.arange(self.sinks, device=winners.device)
-        return torch.cat([first.expand(batch, -1), winners], dim=-1)
+        return torch.cat([span(0, self.sinks, winners.device).expand(batch, -1), winners], dim=-1)
 
     def _fixed(self, mask: Tensor) -> Tensor:
         """``(batch, n)``: the first real tokens and the newest."""

@@ -124,10 +124,9 @@ class View:
     """
 
     def __init__(self, **parts: Any) -> None:
-        self._makers: dict[str, Callable[[], Any]] = {}
-        self._parts: dict[str, Any] = {}
-        for name, part in parts.items():
-            self.offer(name, part)
+        # Not by offer(): at the attention stage a view is made for every layer and token.
+        self._makers = {name: part.make for name, part in parts.items() if isinstance(part, Lazy)}
+        self._parts = {name: part for name, part in parts.items() if not isinstance(part, Lazy)}
 
     def offer(self, name: str, part: Any) -> None:
         """Add a ready value, or a :class:`Lazy` part; it takes the place of an earlier part of that name."""

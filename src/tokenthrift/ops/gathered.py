@@ -98,6 +98,13 @@ def _gather(sources: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
     return gathered
 
 
+@lru_cache(maxsize=16)
+def span(start: int, end: int, device: torch.device) -> Tensor:
+    """The entries from ``start`` to before ``end``: kept, since all layers of a step ask for the same ones."""
+    with torch.inference_mode(False):  # kept, so it must be usable in every mode
+        return torch.arange(start, end, device=device)
+
+
 @cache
 def _kernel() -> Any:
     """The module with the GPU kernel, imported when first needed; None without Triton."""
