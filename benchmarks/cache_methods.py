@@ -80,12 +80,14 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=list(PLANS))
     parser.add_argument("--steps", type=int, default=24, help="tokens of the text's continuation that are compared")
     parser.add_argument("--turns", type=int, default=5, help="of ten decoded tokens, the first two not timed")
+    parser.add_argument("--linears", default="torch", help="product of our linear layers, see tokenthrift.apply")
     parser.add_argument("--peer-python", help="a Python with kvpress==0.5.5")
     parser.add_argument("--out", type=Path, default=Path("out/cache_methods.jsonl"))
     args = parser.parse_args()
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    product = [] if args.linears == "torch" else [args.linears]
     model, tokenizer = tt.load(args.model)
     layers = model.config.num_hidden_layers // 4
     draft = str(first_layers(model, tokenizer, layers, Path("out") / f"{Path(args.model).name}-first-{layers}"))
@@ -97,7 +99,7 @@ def main() -> None:
             for plan in args.plans:
                 plain: dict[str, Any] = {}
                 for budget in args.budgets:
-                    key = [tokens, plan, budget]
+                    key = [tokens, plan, budget, *product]
                     if any(row["key"] == key for row in done):
                         continue
                     if reference is None:
@@ -109,7 +111,7 @@ def main() -> None:
                     call = plan.format(b=budget, k=round(share, 4), draft=draft)
                     press = KVPRESS[plan].format(r=1 - share) if peer is not None and plan in KVPRESS else None
                     try:
-                        session = tt.apply(call, model)
+                        session = tt.apply(call, model, linears=args.linears)
                     except tt.ThriftError as error:
                         print(f"# {call}: {error}")
                         continue
@@ -131,7 +133,7 @@ def main() -> None:
                     with args.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(line(row), flush=True)
-    print_tables(args, done)
+    print_tables(args, [row for row in done if row["key"][3:] == product])
 
 
 def made_prompt(tokenizer: Any, tokens: int, steps: int) -> tuple[list[int], list[int], list[Any]]:
@@ -220,7 +222,7 @@ def line(row: dict[str, Any]) -> str:
 def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table for each length of prompt, with a line a plan: each cell has a value for each budget."""
     for tokens in args.tokens:
-        of = {tuple(row["key"][1:]): row for row in rows if row["key"][0] == tokens}
+        of = {tuple(row["key"][1:3]): row for row in rows if row["key"][0] == tokens}
         lines = []
         for plan in args.plans:
             found = [of.get((plan, budget), {}) for budget in args.budgets]
