@@ -36,8 +36,8 @@ class TokenSelect:
         sinks: how many of them are the first tokens.
         local: how many are the newest.
         similarity: vote again when the cosine between the queries is below this; above 1, vote at every step. The
-            authors' code has 0.9 for queries that are all turned to one position; at their true ones they are less
-            alike, and with 0.8 about as many votes are used again.
+            authors' code has 0.9, for queries that are all turned to one position; at their true ones they are less
+            alike. On smollm2-135m 0.9 uses one vote in ten again, 0.8 every second one.
     """
 
     budget: int = 512
