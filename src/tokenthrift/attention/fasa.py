@@ -104,9 +104,10 @@ class FASA:
         dominant = known.append(fresh.gather(-1, channels.expand(batch, -1, fresh.shape[2], -1)))
         asked = view.queries.reshape(batch, kv_heads, -1, dim)
         asked = asked.gather(-1, channels.expand(batch, -1, asked.shape[2], -1))
+        if self.heads == "group":
+            asked = asked * view.scaling
         scores = (asked @ dominant.mT).flatten(1, 2).to(torch.float32)
         if self.heads == "group":
-            scores = scores * view.scaling
             if view.mask is not None:
                 scores = scores.masked_fill(~view.mask[:, None], float("-inf"))
             scores = group_mean(scores.softmax(-1), kv_heads)
