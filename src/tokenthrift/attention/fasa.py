@@ -103,9 +103,7 @@ class FASA:
         fresh = view.keys[:, :, len(known) :]
         dominant = known.append(fresh.gather(-1, channels.expand(batch, -1, fresh.shape[2], -1)))
         asked = view.queries.reshape(batch, kv_heads, -1, dim)
-        asked = asked.gather(-1, channels.expand(batch, -1, asked.shape[2], -1))
-        if self.heads == "group":
-            asked = asked * view.scaling
+        asked = asked.gather(-1, channels.expand(batch, -1, asked.shape[2], -1)) * view.scaling
         scores = (asked @ dominant.mT).flatten(1, 2).to(torch.float32)
         if self.heads == "group":
             if view.mask is not None:
