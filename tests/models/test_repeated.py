@@ -19,6 +19,7 @@ from cache_plans import MERGING, METHODS
 from cache_plans import plan as plan_of
 from tiny_models import prompt, tiny
 from tokenthrift.core.session import StageRecord
+from tokenthrift.models import kv
 from tokenthrift.models.cache_stage import CacheWatcher
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import RaggedLayer, ReducedLayer
@@ -397,6 +398,16 @@ def test_ragged_heads_equal_dense_attention(plan, family, pad):
     """Tokens one by one and three at once. With 22, row 0 is shorter than the budget, and heads may be equally long."""
     _, cache = check(family, plan, [30, 31, 32, 35, 38, *range(39, 55)], pad)
     assert pad == 22 or any(isinstance(layer, RaggedLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("plan", RAGGED)
+def test_ragged_heads_move_apart_as_tokens_come(plan, monkeypatch):
+    """With little room behind each head there is none left several times over."""
+    monkeypatch.setattr(kv, "ROOM", 1)
+    moved, plain = [], RaggedLayer._make_room
+    monkeypatch.setattr(RaggedLayer, "_make_room", lambda layer, spare: (moved.append(layer), plain(layer, spare)))
+    check("llama", plan, [30, 31, 32, 35, 38, *range(39, 55)], 5)
+    assert max(map(moved.count, moved)) >= 3
 
 
 @pytest.mark.parametrize("plan", RAGGED)
