@@ -19,10 +19,10 @@ from cache_plans import MERGING, METHODS
 from cache_plans import plan as plan_of
 from tiny_models import prompt, tiny
 from tokenthrift.core.session import StageRecord
-from tokenthrift.models import kv
 from tokenthrift.models.cache_stage import CacheWatcher
 from tokenthrift.models.decoder import find_attentions
 from tokenthrift.models.kv import RaggedLayer, ReducedLayer
+from tokenthrift.ops import growing
 from tokenthrift.ops.growing import ROOM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache"
@@ -403,7 +403,7 @@ def test_ragged_heads_equal_dense_attention(plan, family, pad):
 @pytest.mark.parametrize("plan", RAGGED)
 def test_ragged_heads_move_apart_as_tokens_come(plan, monkeypatch):
     """With little room behind each head there is none left several times over."""
-    monkeypatch.setattr(kv, "ROOM", 1)
+    monkeypatch.setattr(growing, "ROOM", 1)
     moved, plain = [], RaggedLayer._make_room
     monkeypatch.setattr(RaggedLayer, "_make_room", lambda layer, spare: (moved.append(layer), plain(layer, spare)))
     check("llama", plan, [30, 31, 32, 35, 38, *range(39, 55)], 5)
@@ -418,7 +418,8 @@ def test_ragged_heads_store_what_they_keep_and_no_more(plan):
     for layer in cache.layers:
         assert isinstance(layer, RaggedLayer) and layer.real.sum(-1).unique().numel() > 1
         assert layer.entries == 2 * 2 * 12
-        assert layer.nbytes == layer.entries * 2 * 8 * 4
+        tensors = [t for part in (layer._flat, layer._padded) for t in part.values()]
+        assert sum(t.untyped_storage().nbytes() for t in tensors) == layer.nbytes == layer.entries * 2 * 8 * 4
     assert session.report().stages["cache"].bytes_after == sum(layer.nbytes for layer in cache.layers)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ..core.errors import ThriftError
 from ..core.tokenmap import TokenMap
-from ..ops.growing import ROOM
+from ..ops.growing import is_locked, room_for
 from ..ops.rotary import Rotary
 from .growing import GrowingLayer
 
@@ -281,7 +281,6 @@ class RaggedLayer(ReducedLayer):
     ) -> None:
         self._padded: dict[str, Tensor] = {}  # keys and values as others see them, as long as heads are alike
         self._flat: dict[str, Tensor] = {}  # the same once they are not
-        self._lead: tuple[int, ...] = ()
         self._lengths: list[int] = []  # of each head of each row, without what came later
         self._index = self._ends = torch.zeros(0, dtype=torch.int64)  # slots of what others see; behind each head's
         self._later = self._spare = 0  # of each head, tokens that came later, and its room for them
@@ -309,7 +308,6 @@ class RaggedLayer(ReducedLayer):
         if self.real is None:
             return
         slots, lengths = self.real.flatten(), self.real.sum(-1).flatten()
-        self._lead = tuple(self.real.shape[:2])
         self._flat = {name: getattr(self, name).flatten(0, -2)[slots][None, None] for name in ("keys", "values")}
         self._padded = {}
         self._lengths, self._ends = lengths.tolist(), lengths.cumsum(0)
@@ -338,7 +336,7 @@ class RaggedLayer(ReducedLayer):
         if self._later:
             later = torch.arange(self._later, device=index.device)
             index = torch.cat([index, self._ends[:, None] + later], dim=-1)
-        return self._flat[name].index_select(2, index.flatten()).view(*self._lead, index.shape[-1], -1)
+        return self._flat[name].index_select(2, index.flatten()).view(*self.map.lead, index.shape[-1], -1)
 
     def _hold(self, name: str, dense: Tensor | None) -> None:
         self._flat.pop(name, None)
@@ -363,16 +361,15 @@ class RaggedLayer(ReducedLayer):
         new = key_states.shape[-2]
         self._count(new)
         if self._later + new > self._spare:
-            self._make_room(self._later + new + (self.room or max(ROOM, max(self._lengths) // 8)))
+            self._make_room(self._later + new + room_for(max(self._lengths), self.room))
         at = self._ends + self._later
         if new > 1:
             at = (at[:, None] + torch.arange(new, device=at.device)).flatten()
         for name, states in (("keys", key_states), ("values", value_states)):
             flat, rows = self._flat[name], states.reshape(1, 1, -1, states.shape[-1])
-            # What a backward pass needs, or was made in inference mode, is not written over.
-            locked = flat.is_inference() and not torch.is_inference_mode_enabled()
-            free = not (locked or (torch.is_grad_enabled() and (flat.requires_grad or rows.requires_grad)))
-            self._flat[name] = flat.index_copy_(2, at, rows) if free else flat.index_copy(2, at, rows)
+            needed = torch.is_grad_enabled() and (flat.requires_grad or rows.requires_grad)  # by a backward pass
+            copy = flat.index_copy if needed or is_locked(flat) else flat.index_copy_
+            self._flat[name] = copy(2, at, rows)
         self._later += new
         apart, self.apart = self.apart, False  # of this call only, also when it is interrupted after this
         return (key_states, value_states) if apart else (self.keys, self.values)

@@ -9,6 +9,16 @@ ROOM = 64
 """Rows by which a full buffer grows at least; else by an eighth, so that copies stay rare however long it gets."""
 
 
+def room_for(count: int, room: int | None = None) -> int:
+    """Rows to spare in a new buffer that holds ``count``: ``room``, or so many that copies stay rare."""
+    return max(ROOM, count // 8) if room is None else room
+
+
+def is_locked(buffer: Tensor) -> bool:
+    """Whether it was made in inference mode, and cannot be written to here, outside of it."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class Growing:
     """Rows ``(..., rows, dim)`` in a buffer with room; :attr:`rows` is a view of those in use.
 
@@ -34,11 +44,8 @@ class Growing:
         """Add ``(..., new, dim)``; returns all rows."""
         end = self._count + new.shape[-2]
         buffer = self._buffer
-        # A buffer made in inference mode cannot be written to outside of it.
-        locked = buffer is not None and buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if buffer is None or end > buffer.shape[-2] or locked:
-            spare = max(ROOM, end // 8) if self._room is None else self._room
-            grown = new.new_empty(*new.shape[:-2], end + spare, new.shape[-1])
+        if buffer is None or end > buffer.shape[-2] or is_locked(buffer):
+            grown = new.new_empty(*new.shape[:-2], end + room_for(end, self._room), new.shape[-1])
             if buffer is not None:
                 grown[..., : self._count, :] = self.rows
             self._buffer = buffer = grown
