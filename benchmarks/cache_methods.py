@@ -132,7 +132,7 @@ def main() -> None:
                     done.append(row)
                     with args.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-                    print(line(row), flush=True)
+                    print(line(row["call"], [row]), flush=True)
     print_tables(args, [row for row in done if row["key"][3:] == product])
 
 
@@ -206,17 +206,9 @@ def row_of(
     return row
 
 
-def line(row: dict[str, Any]) -> str:
-    """A line of the table."""
-    peer = "| | | | | "
-    if "kl_peer" in row:
-        same = f"{row['same']:.0%}" if "same" in row else f"{row['bytes_peer']:.3f}× bytes"
-        peer = f"| {row['kl_peer']:.3f} | {same} | {row['ttft_to_peer']:.2f}× | {row['decode_to_peer']:.2f}× "
-    return (
-        f"| `{row['call']}` | {row['kl']:.3f} | {row['top1']:.0%} | {row['score']:.0%} | {row['bytes']:.3f}× "
-        f"| {row['ttft']:.2f} | {row['ttft_full']:.2f}× "
-        f"| {row['decode'] * 1000:.1f} | {row['decode_full']:.2f}× {peer}|"
-    )
+def line(name: str, rows: list[dict[str, Any]]) -> str:
+    """A line of a table, with the values of these rows in each cell."""
+    return f"| `{name}` | " + " | ".join(cell(rows, *column) for column in COLUMNS) + " |"
 
 
 def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -227,7 +219,7 @@ def print_tables(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         for plan in args.plans:
             found = [of.get((plan, budget), {}) for budget in args.budgets]
             if any(found):
-                lines.append(f"| `{name_of(plan)}` | " + " | ".join(cell(found, *column) for column in COLUMNS) + " |")
+                lines.append(line(name_of(plan), found))
         if lines:
             print(
                 f"\n{args.model}, {tokens} tokens, float32, {torch.get_num_threads()} threads, transformers "
